@@ -1,0 +1,30 @@
+"""The front door of celery_pglock."""
+
+from celery_pglock.errors import LockError, LockLost, LockMisuse, LockNotAcquired, LockNotHeld
+from celery_pglock.keys import advisory_id
+from celery_pglock.locks import advisory
+from celery_pglock.side_effects import Raise, Retry, Return, SideEffect, Skip
+from celery_pglock.task_classes import AdvisoryTask, XactAdvisoryTask, lock_for
+from celery_pglock.task_options import ALL_ARGUMENTS
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALL_ARGUMENTS",
+    "AdvisoryTask",
+    "LockError",
+    "LockLost",
+    "LockMisuse",
+    "LockNotAcquired",
+    "LockNotHeld",
+    "Raise",
+    "Retry",
+    "Return",
+    "SideEffect",
+    "Skip",
+    "XactAdvisoryTask",
+    "__version__",
+    "advisory",
+    "advisory_id",
+    "lock_for",
+]

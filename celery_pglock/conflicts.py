@@ -1,0 +1,150 @@
+"""What a task does when its lock is taken."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from celery import states
+from celery.app.task import Context
+from celery.exceptions import Ignore, TaskRevokedError
+from celery.exceptions import Retry as RetryLater
+
+from celery_pglock import labels, signals
+from celery_pglock.held_back import publish
+from celery_pglock.side_effects import Conflict, Retry
+
+logger = logging.getLogger(__name__)
+
+# Message headers of ours. They count the conflicts of one task, apart from its own retries.
+CONFLICTS = "pglock_conflicts"
+FIRST_CONFLICT = "pglock_first_conflict"
+COPY = "pglock_copy"
+HEADERS = (CONFLICTS, FIRST_CONFLICT, COPY)
+
+# How long kombu's transports keep a message from other workers, where nothing else is set: after that
+# they deliver it again.
+VISIBILITY_TIMEOUTS = {"redis": 3600.0, "sqs": 1800.0}
+
+COMES_BACK = Retry(countdown=5)
+
+
+def without_our_headers(headers: dict[str, Any] | None) -> dict[str, Any]:
+    """The headers of a message that starts counting anew."""
+    return {name: value for name, value in (headers or {}).items() if name not in HEADERS}
+
+
+@dataclass(frozen=True)
+class TaskConflict(Conflict):
+    """A conflict of a task, with what only tasks can do about it."""
+
+    lock: Any = None
+
+    @property
+    def is_with_itself(self) -> bool:
+        """Whether the holder is the same message, delivered before."""
+        if not self._has_message:
+            return False
+        cut = labels.task_id_of(labels.application_name(labels.LOCK_SESSION, self.request.id))
+        return any(holder.task_id in (self.request.id, cut) for holder in self.holders)
+
+    def skip(self, result: Any = None, *, chain: str = "continue") -> Any:
+        holders = ", ".join(map(str, self.holders)) or "somebody who has gone by now"
+        logger.info(
+            "Task %s[%s] skipped: lock %r is held by %s", self.task.name, self.request.id, self.key, holders
+        )
+        signals.lock_skipped.send_robust(sender=self.task, lock=self.lock, conflict=self)
+        self._send_event("pglock-skipped")
+        if chain == "stop" and self.request.chain:
+            _revoke(self.task.backend, self.request.chain, f"skipped: lock {self.key!r} is held by {holders}")
+            self.request.chain = None
+        return result
+
+    def retry(self, countdown: float) -> Any:
+        error = self.error()
+        if self.request.called_directly:
+            raise error
+        countdown = min(countdown, _longest_countdown(self.task.app))
+        if self.request.is_eager:
+            raise _retry_later(error, countdown, is_eager=True)
+        again = self._again(countdown)
+        publish(again.apply_async)
+        raise _retry_later(error, countdown, sig=again)
+
+    def come_back(self) -> Any:
+        """Send the message again for later, and leave the task's state to the run that has the lock."""
+        countdown = min(COMES_BACK.delay(self.attempt), _longest_countdown(self.task.app))
+        publish(self._again(countdown, **{COPY: True}).apply_async)
+        raise Ignore(f"lock {self.key!r} is held by an earlier delivery of this message")
+
+    @property
+    def _has_message(self) -> bool:
+        return not self.request.called_directly and not self.request.is_eager
+
+    def _again(self, countdown: float, **headers: Any) -> Any:
+        ours = {CONFLICTS: self.attempt, FIRST_CONFLICT: self.first_attempt}
+        return self.task.signature_from_request(
+            self.request,
+            countdown=countdown,
+            retries=self.request.retries,
+            headers={**(self.request.headers or {}), **ours, **headers},
+        )
+
+    def _send_event(self, kind: str) -> None:
+        if not self._has_message or not self.task.app.conf.worker_send_task_events:
+            return
+        try:
+            self.task.send_event(kind, name=self.task.name, key=self.key, waited=self.waited)
+        except Exception as error:
+            logger.warning("The event %s was not sent: %s", kind, error)
+
+
+def succeeded_before(task: Any, request: Any) -> bool:
+    """Whether the result backend knows that an earlier delivery of this message succeeded."""
+    try:
+        return bool(task.backend.get_state(request.id) == states.SUCCESS)
+    except Exception as error:
+        logger.info("The state of %s[%s] is not known, so it runs again: %s", task.name, request.id, error)
+        return False
+
+
+def _retry_later(error: Exception, countdown: float, **details: Any) -> RetryLater:
+    # Celery's stubs ask for numbers.Real, which no number of Python's is to a type checker.
+    when: Any = countdown
+    return RetryLater(exc=error, when=when, **details)
+
+
+def _longest_countdown(app: Any) -> float:
+    with app.connection_for_write() as connection:
+        transport = connection.transport.driver_type
+    options = app.conf.broker_transport_options or {}
+    timeout = options.get("visibility_timeout", VISIBILITY_TIMEOUTS.get(transport, float("inf")))
+    return float(timeout) / 4
+
+
+def _revoke(backend: Any, chain: list[dict[str, Any]], reason: str) -> None:
+    """Mark all the steps of a chain as revoked, with the chords that wait for them."""
+    steps = _with_chord_bodies(chain)
+    named = next((request for request in map(_request_of, steps) if request.id), None)
+    if named is not None:
+        # Through the one public way that also tells chords and the bodies of chords.
+        named.chain = [
+            step for step in _with_chord_bodies(chain) if step["options"].get("task_id") != named.id
+        ]
+        backend.mark_as_failure(
+            named.id, TaskRevokedError(reason), request=named, call_errbacks=False, state=states.REVOKED
+        )
+
+
+def _with_chord_bodies(chain: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    bodies = [step["kwargs"]["body"] for step in chain if step.get("subtask_type") == "chord"]
+    return [*chain, *(_with_chord_bodies(bodies) if bodies else [])]
+
+
+def _request_of(step: dict[str, Any]) -> Any:
+    request = Context(step)
+    request.update(step["options"])
+    request.id = step["options"].get("task_id")
+    request.group = step["options"].get("group_id")
+    return request

@@ -1,0 +1,80 @@
+"""What can go wrong with a lock.
+
+::
+
+    Exception
+    └── LockError
+        ├── LockNotAcquired  also django.db.utils.OperationalError
+        ├── LockLost
+        ├── LockNotHeld      also RuntimeError
+        └── LockMisuse       also ValueError, RuntimeError
+
+Every error keeps plain values in ``args``, so it survives pickle and JSON: a result backend
+rebuilds it by calling the class with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+from django.db.utils import OperationalError
+
+
+class LockError(Exception):
+    """The root of every error that this package raises of its own."""
+
+
+class LockNotAcquired(LockError, OperationalError):
+    """The lock is held by somebody else, and waiting for it ended or was not asked for.
+
+    ``lock`` is the lock's name, ``reason`` what PostgreSQL answered, ``waited`` the seconds spent,
+    ``holders`` one line for each holder that could still be seen.
+    """
+
+    def __init__(
+        self, lock: str, reason: str = "it is taken", waited: float = 0.0, holders: Sequence[str] = ()
+    ) -> None:
+        super().__init__(lock, reason, waited, list(holders))
+        self.lock = lock
+        self.reason = reason
+        self.waited = waited
+        self.holders = tuple(holders)
+
+    def __str__(self) -> str:
+        waiting = f"after waiting {self.waited:.2f} s" if self.waited else "without waiting"
+        held_by = f"; held by {', '.join(self.holders)}" if self.holders else ""
+        return f"lock {self.lock!r} was not acquired {waiting}: {self.reason}{held_by}"
+
+
+class LockLost(LockError):
+    """The database session that kept the lock ended, or no longer had it, before the work was done."""
+
+    def __init__(self, lock: str, reason: str = "its database session ended") -> None:
+        super().__init__(lock, reason)
+        self.lock = lock
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"lock {self.lock!r} was lost while it was needed: {self.reason}"
+
+
+class LockNotHeld(LockError, RuntimeError):
+    """A release of a lock that this thread does not hold."""
+
+    def __init__(self, lock: str) -> None:
+        super().__init__(lock)
+        self.lock = lock
+
+    def __str__(self) -> str:
+        return f"lock {self.lock!r} is not held by this thread, so it cannot be released"
+
+
+class LockMisuse(LockError, ValueError, RuntimeError):
+    """A lock, an option or a setting that cannot work as written; the message says what would."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A guess at what a misspelt name was meant to be, ready to end a sentence; empty if there is none."""
+    guesses = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {guesses[0]!r}?" if guesses else ""

@@ -1,0 +1,118 @@
+"""Who holds a key, and who waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from celery_pglock import labels
+from celery_pglock.keys import Key
+from celery_pglock.labels import Owner
+from celery_pglock.pool import pool
+
+# Advisory locks are per database. The oid comes from pg_stat_activity, so that no lock is waited for.
+LOCKS_ON_KEYS = """
+SELECT l.pid, l.mode, l.granted, l.objsubid, l.classid::bigint, l.objid::bigint,
+       coalesce(a.application_name, ''), coalesce(a.query, ''), coalesce(l.waitstart, a.xact_start)
+FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+WHERE l.locktype = 'advisory'
+  AND l.database = (SELECT datid FROM pg_stat_activity WHERE pid = pg_backend_pid())
+  AND (l.objsubid, l.classid::bigint, l.objid::bigint) IN (
+      SELECT * FROM unnest(%s::int[], %s::bigint[], %s::bigint[])
+  )
+ORDER BY l.granted DESC, l.waitstart, l.pid
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """One backend that holds a key or waits for it.
+
+    ``since`` is when it began to hold or to wait; a holder's is by its own host's clock, and ``None``
+    where it cannot be known. Names are what the backend says of itself, empty where it may not be read.
+    """
+
+    pid: int
+    key: str
+    shared: bool
+    granted: bool
+    since: datetime | None
+    task_name: str
+    task_id: str
+    worker: str
+
+    def __str__(self) -> str:
+        words = [self.task_name or ("task" if self.task_id else "a session that is no task")]
+        if self.task_id:
+            words.append(f"[{self.task_id}]")
+        if self.worker:
+            words.append(f"on {self.worker}")
+        words.append(f"(pid {self.pid}{', shared' if self.shared else ''}")
+        words[-1] += f", since {self.since:%Y-%m-%d %H:%M:%S %Z})" if self.since else ")"
+        return " ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Whether a lock could be taken at the moment of looking, and who stood in the way."""
+
+    lock: str
+    would_run: bool
+    holders: tuple[Holder, ...]
+    waiters: tuple[Holder, ...]
+
+    def __str__(self) -> str:
+        lines = [f"lock {self.lock!r}: {'free to take' if self.would_run else 'taken'}"]
+        lines += [f"  held by {holder}" for holder in self.holders]
+        lines += [f"  waited for by {waiter}" for waiter in self.waiters]
+        return "\n".join(lines)
+
+
+def explanation(
+    lock: str, slots_by_key: Sequence[Sequence[Key]], found: Sequence[Holder], *, shared: bool
+) -> Explanation:
+    """What was found, judged for somebody who wants one slot of every key in this mode."""
+    # A waiting exclusive lock holds off new shared ones: PostgreSQL queues them behind it.
+    in_the_way = {one.key for one in found if (not one.shared if shared else one.granted)}
+    return Explanation(
+        lock,
+        would_run=all(any(slot.name not in in_the_way for slot in slots) for slots in slots_by_key),
+        holders=tuple(one for one in found if one.granted),
+        waiters=tuple(one for one in found if not one.granted),
+    )
+
+
+def find(keys: Sequence[Key], using: str) -> tuple[Holder, ...]:
+    """Everybody who holds one of the keys or waits for it: holders first, then waiters in their order."""
+    session = pool().lease(using, Owner())
+    try:
+        rows = session.rows(
+            LOCKS_ON_KEYS,
+            [[key.objsubid for key in keys], [key.classid for key in keys], [key.objid for key in keys]],
+        )
+    finally:
+        pool().give_back(session)
+    return tuple(_holder(row, keys) for row in rows)
+
+
+def _holder(row: Sequence[Any], keys: Iterable[Key]) -> Holder:
+    pid, mode, granted, objsubid, classid, objid, application_name, query, since = row
+    asked = next(key for key in keys if (key.objsubid, key.classid, key.objid) == (objsubid, classid, objid))
+    label = labels.read(query)
+    owner = label.owner if label else Owner()
+    if granted and label and label.holdings:
+        stamps = {holding.key: holding.since for holding in label.holdings}
+        # Which slot it would get, a session could not know when it wrote its label.
+        since = datetime.fromtimestamp(stamps.get(asked, max(stamps.values())), timezone.utc)
+    return Holder(
+        pid=pid,
+        key=asked.name,
+        shared=mode == "ShareLock",
+        granted=granted,
+        since=since,
+        task_name=owner.task_name,
+        task_id=owner.task_id or labels.task_id_of(application_name),
+        worker=owner.worker,
+    )

@@ -1,0 +1,111 @@
+"""The labels by which lock sessions tell who they are and what they hold.
+
+A label is a hint for people: it is believed only beside a matching row of ``pg_locks``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from urllib.parse import quote, unquote
+
+from celery_pglock.keys import Key
+
+# NAMEDATALEN - 1: PostgreSQL cuts application_name here.
+LONGEST_APPLICATION_NAME = 63
+LONGEST_NAME = 200
+
+LOCK_SESSION = "pglock"
+WORK_CONNECTION = "celery"
+
+COMMENT = re.compile(r"/\*pglock:1 ([^*]*)(\*/)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The run of a task on whose behalf a session holds its locks; all empty outside of tasks."""
+
+    task_name: str = ""
+    task_id: str = ""
+    worker: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A key in a label; ``since`` is the holder's own clock, in seconds since the epoch."""
+
+    key: Key
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a lock session says of itself."""
+
+    owner: Owner = field(default_factory=Owner)
+    holdings: tuple[Holding, ...] = ()
+
+
+def application_name(kind: str, task_id: str) -> str:
+    """``pglock:<task id>`` or ``celery:<task id>``, cut to what PostgreSQL keeps of it."""
+    name = f"{kind}:{task_id}" if task_id else kind
+    return name.encode("ascii", "replace")[:LONGEST_APPLICATION_NAME].decode("ascii")
+
+
+def task_id_of(application_name: str) -> str:
+    """The task id in an ``application_name`` of ours; empty in anybody else's."""
+    kind, _, task_id = application_name.partition(":")
+    return task_id if kind in (LOCK_SESSION, WORK_CONNECTION) else ""
+
+
+def comment(owner: Owner, holdings: Iterable[Holding], *, show_names: bool) -> str:
+    """The label as an SQL comment of one line.
+
+    Percent-encoding leaves nothing in it that could end the comment or start a statement. It stands
+    before the statement, because ``pg_stat_activity`` cuts a query's end.
+    """
+    words = [f"task={_encoded(owner.task_name)}", f"id={_encoded(owner.task_id)}"]
+    words.append(f"worker={_encoded(owner.worker)}")
+    for holding in holdings:
+        key = holding.key
+        name = _encoded(key.name) if show_names else ""
+        words.append(f"key={key.objsubid}:{key.classid}:{key.objid}:{holding.since:.3f}:{name}")
+    return f"/*pglock:1 {' '.join(words)}*/"
+
+
+def read(query: str) -> Label | None:
+    """The label in a query that ``pg_stat_activity`` shows, as far as it was not cut off."""
+    found = COMMENT.match(query)
+    if not found:
+        return None
+    words = found[1].split(" ")
+    if not found[2]:
+        words.pop()
+    texts = {"task": "", "id": "", "worker": ""}
+    holdings = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in texts:
+            texts[name] = _decoded(value)
+        elif name == "key" and (holding := _holding(value)):
+            holdings.append(holding)
+    return Label(Owner(texts["task"], texts["id"], texts["worker"]), tuple(holdings))
+
+
+def _holding(text: str) -> Holding | None:
+    try:
+        objsubid, classid, objid, since, name = text.split(":")
+        return Holding(Key(int(objsubid), int(classid), int(objid), _decoded(name)), float(since))
+    except ValueError:
+        # Anybody may write a comment that only looks like ours.
+        return None
+
+
+def _encoded(text: str) -> str:
+    cut = text.encode("utf-8", "surrogatepass")[:LONGEST_NAME]
+    return quote(cut.decode("utf-8", "ignore"), safe="")
+
+
+def _decoded(text: str) -> str:
+    return unquote(text, errors="replace")

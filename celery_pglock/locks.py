@@ -1,0 +1,207 @@
+"""Advisory locks: values that may be built once, shared by threads, taken and asked about."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
+
+from django.db import connections
+
+from celery_pglock import holders
+from celery_pglock.claims import Claim, Hold, Refusal
+from celery_pglock.durations import UNSET, MaybeDuration, seconds
+from celery_pglock.errors import LockMisuse, LockNotHeld
+from celery_pglock.holders import Explanation, Holder
+from celery_pglock.keys import Identifier, canonical
+from celery_pglock.side_effects import Conflict, Raise, Retry, Return, SideEffect, Skip, side_effect
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Entered(threading.local):
+    """What this thread has entered, so that a lock value itself stays free of state."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[advisory, Hold | None]] = []
+
+    def pop(self, lock: advisory) -> Hold | None:
+        for position in reversed(range(len(self.stack))):
+            if self.stack[position][0] == lock:
+                return self.stack.pop(position)[1]
+        raise LockNotHeld(lock.name)
+
+
+_entered = _Entered()
+
+
+@dataclass(frozen=True, init=False)
+class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a function
+    """An advisory lock on one or more ids, as a context manager, a decorator or a value.
+
+    ids:
+        Texts, ints (int8) or pairs of ints (int4). Several are taken in one canonical order, all or
+        nothing. A decorator without one uses ``module.function``.
+    shared:
+        Shared holders run together, an exclusive one runs alone.
+    xact:
+        Transaction-level: kept by a transaction on Django's connection of the alias, freed by its COMMIT or
+        ROLLBACK. ``with`` and the decorator open a durable one; inside a transaction use ``acquire()``.
+    limit:
+        How many may hold it at once. Everybody who uses the id must state the same number.
+    using:
+        Alias in ``DATABASES``.
+    timeout:
+        Seconds (a number or a timedelta) to wait, over all ids together; ``0`` does not wait, ``None``
+        waits for ever, unset keeps the ``lock_timeout`` in force. With a limit, waiting polls, without order.
+    side_effect:
+        ``Return`` is the default of the context manager and of ``acquire()``, ``Raise`` of the decorator;
+        ``Skip`` is for the decorator.
+
+    Within one thread a session-level lock re-enters. Taken inside of ``atomic`` it is freed before the
+    COMMIT. Where its session has ended, leaving it raises ``LockLost``, unless the body itself failed.
+    """
+
+    side_effect: SideEffect | None
+
+    def __init__(
+        self,
+        *ids: Identifier,
+        shared: bool = False,
+        xact: bool = False,
+        limit: int = 1,
+        using: str = "default",
+        timeout: MaybeDuration = UNSET,
+        side_effect: SideEffect | type[SideEffect] | None = None,
+    ) -> None:
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise LockMisuse(f"limit must be an int of 1 or more, not {limit!r}.")
+        if shared and limit > 1:
+            raise LockMisuse("Shared holders are not counted: use shared=True or limit=N, not both.")
+        fields = {
+            "keys": canonical(ids),
+            "shared": shared,
+            "xact": xact,
+            "limit": limit,
+            "using": using,
+            "timeout": timeout if timeout is UNSET else seconds(timeout, "timeout"),
+            "side_effect": None if side_effect is None else _allowed(side_effect),
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def __enter__(self) -> bool:
+        hold = self._obtained(open_transaction=True)
+        _entered.stack.append((self, hold))
+        return hold is not None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if hold := _entered.pop(self):
+            hold.leave(error)
+
+    def acquire(self) -> bool:
+        """Take the lock until ``release()``, or until the transaction ends; whether it was obtained."""
+        if self.xact and not connections[self.using].in_atomic_block:
+            raise LockMisuse(
+                "acquire() of a transaction-level lock needs an open transaction: call it inside of "
+                "transaction.atomic(), or use `with advisory(..., xact=True)`, which opens one."
+            )
+        hold = self._obtained(open_transaction=False)
+        if hold and not self.xact:
+            _entered.stack.append((self, hold))
+        return hold is not None
+
+    def release(self) -> None:
+        """Give back the latest acquisition of this lock by this thread."""
+        if self.xact:
+            raise LockMisuse("A transaction-level lock cannot be released: it ends with its transaction.")
+        if hold := _entered.pop(self):
+            hold.leave(None)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        _refuse_what_runs_later(function)
+        if isinstance(self.side_effect, Return):
+            raise LockMisuse("Return is for `with advisory(...)`: a decorated function would run unlocked.")
+        effect = self.side_effect or Raise()
+        lock = self
+        if not self.keys:
+            lock = copy.copy(self)
+            object.__setattr__(lock, "keys", canonical([f"{function.__module__}.{function.__name__}"]))
+
+        @wraps(function)
+        def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+            taken = lock.take()
+            if isinstance(taken, Refusal):
+                instead: R = effect.on_conflict(lock._conflict(taken))
+                return instead
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as error:
+                taken.leave(error)
+                raise
+            taken.leave(None)
+            return result
+
+        return locked
+
+    def is_held(self) -> bool:
+        """Whether anybody holds one of the keys now."""
+        return bool(self.holders())
+
+    def holders(self) -> tuple[Holder, ...]:
+        """Who holds the keys now."""
+        return self.explain().holders
+
+    def explain(self) -> Explanation:
+        """Whether it could be taken now; who holds it, and who waits for it."""
+        slots_by_key = [key.slots(self.limit) for key in self.keys]
+        found = holders.find([slot for slots in slots_by_key for slot in slots], self.using)
+        return holders.explanation(self.name, slots_by_key, found, shared=self.shared)
+
+    def _obtained(self, *, open_transaction: bool) -> Hold | None:
+        if not self.keys:
+            raise LockMisuse("advisory() needs at least one lock id, unless it decorates a function.")
+        if isinstance(self.side_effect, Skip):
+            raise LockMisuse(
+                "Skip is for the decorator: a `with` block cannot be skipped. Use Return or Raise."
+            )
+        taken = self.take(open_transaction=open_transaction)
+        if isinstance(taken, Hold):
+            return taken
+        (self.side_effect or Return()).on_conflict(self._conflict(taken))
+        return None
+
+    def _conflict(self, refusal: Refusal) -> Conflict:
+        return Conflict(key=self.name, reason=refusal.reason, waited=refusal.waited, look=self.holders)
+
+
+def _allowed(given: SideEffect | type[SideEffect]) -> SideEffect:
+    effect = side_effect(given, "side_effect")
+    if isinstance(effect, Retry):
+        raise LockMisuse("Retry is for tasks: advisory(side_effect=...) takes Return, Raise or Skip.")
+    return effect
+
+
+def _refuse_what_runs_later(function: Callable[..., Any]) -> None:
+    inner = inspect.unwrap(function)
+    kinds: Sequence[tuple[Callable[[Any], bool], str]] = (
+        (inspect.iscoroutinefunction, "a coroutine function"),
+        (inspect.isasyncgenfunction, "an asynchronous generator"),
+        (inspect.isgeneratorfunction, "a generator"),
+    )
+    for is_kind, kind in kinds:
+        if is_kind(inner):
+            raise LockMisuse(
+                f"{function.__qualname__} is {kind}: calling it only creates it, so the lock would be "
+                f"given back before its body runs. Use `with advisory(...)` inside of it."
+            )
+    if inspect.isclass(function) or not callable(function):
+        raise LockMisuse(f"advisory(...) decorates functions, not {function!r}.")

@@ -1,0 +1,27 @@
+"""The signals that tell what became of a task's lock.
+
+They are Django signals, sent robustly: a receiver that fails is logged, and the task goes on. ``sender``
+is the task; every one carries ``lock``, the lock's value.
+"""
+
+from __future__ import annotations
+
+from django.dispatch import Signal
+
+lock_acquired = Signal()
+"""The lock was obtained, and the body is about to run. Also: ``waited`` in seconds."""
+
+lock_conflict = Signal()
+"""The lock was not obtained. Also: ``conflict``."""
+
+lock_skipped = Signal()
+"""A task was skipped. Also: ``conflict``."""
+
+lock_released = Signal()
+"""The lock was given back. Also: ``held`` in seconds."""
+
+lock_lost = Signal()
+"""A lock turned out to be gone before the work was done. Also: ``reason``."""
+
+backend_stopped = Signal()
+"""A backend was cancelled or terminated to clear somebody's way."""

@@ -1,0 +1,120 @@
+"""The base classes of locked tasks."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from celery import Task
+from celery.contrib.django.task import DjangoTask
+from celery.exceptions import Ignore
+
+from celery_pglock import hooks, runs
+from celery_pglock.conflicts import without_our_headers
+from celery_pglock.durations import UNSET
+from celery_pglock.errors import LockMisuse, LockNotAcquired
+from celery_pglock.locks import advisory
+from celery_pglock.task_options import TaskOptions, options_of, states_an_option
+
+
+class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs alone
+    """A task that holds a PostgreSQL advisory lock while it runs.
+
+    Its options are class attributes: given to ``@app.task(base=AdvisoryTask, ...)``, to a base class, or
+    through ``task_annotations``. They are checked when the task is bound; ``LockMisuse`` says what cannot
+    work. Callables are called with the task's arguments, without the task.
+    """
+
+    lock_key: ClassVar[Any] = UNSET
+    """One key (text, int or pair of ints) or a list of them; text may be a template over the arguments;
+    a callable returns any of these, taken literally. Unset: the task's name."""
+    lock_by: ClassVar[Any] = UNSET
+    """Names of the parameters whose values make the key, or ``ALL_ARGUMENTS``; instead of ``lock_key``."""
+    lock_shared: ClassVar[bool] = False
+    """Whether holders of this kind run together; an exclusive one still runs alone."""
+    lock_xact: ClassVar[bool] = False
+    """Whether the lock is transaction-level, and the body runs inside of ``atomic(durable=True)``."""
+    lock_limit: ClassVar[Any] = 1
+    """How many may hold the key at once; a callable computes it from the arguments."""
+    lock_timeout: ClassVar[Any] = UNSET
+    """Seconds to wait in place, over all keys together. Unset: ``CELERY_PGLOCK["TIMEOUT"]``, which is 0."""
+    lock_side_effect: ClassVar[Any] = UNSET
+    """What happens when the lock is not obtained. Unset: ``CELERY_PGLOCK["SIDE_EFFECT"]``: ``Retry()``."""
+    lock_using: ClassVar[Any] = UNSET
+    """Alias whose server keeps the lock. Unset: ``CELERY_PGLOCK["USING"]``, which is ``"default"``."""
+    lock_on_direct_call: ClassVar[bool] = False
+    """Whether calling the task like a function takes the lock, too."""
+
+    _lock_options: ClassVar[TaskOptions | None] = None
+    _runs_at_once: ClassVar[bool] = True
+
+    @classmethod
+    def on_bound(cls, app: Any) -> None:
+        super().on_bound(app)
+        hooks.connect()
+        cls._runs_at_once = _next_call_is_celerys(cls)
+        # With Celery(task_cls=AdvisoryTask), Celery's own tasks stay as they are.
+        if cls.name.startswith("celery.") and not states_an_option(cls):
+            return
+        cls._lock_options = options_of(cls)
+        # An expected outcome: logged in a line, without a traceback.
+        cls.throws = (*(error for error in cls.throws if error is not LockNotAcquired), LockNotAcquired)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        options, request = self._lock_options, self.request
+        unlocked = request.called_directly and not (options and options.on_direct_call)
+        if options is None or unlocked or runs.held_back_by(request):
+            return self._body(request)(*args, **kwargs)
+        return runs.run(self, options, self._body(request), args, kwargs)
+
+    def _body(self, request: Any) -> Any:
+        # Outside of workers Celery's __call__ pushes a copy of the request, in which what the body sets on
+        # the request is lost. Its docs say to call run.
+        if self._runs_at_once and not request.called_directly and not runs.held_back_by(request):
+            return self.run
+        return super().__call__
+
+    def lock_for(self, *args: Any, **kwargs: Any) -> advisory:
+        """The lock of a call with these arguments, to be asked or taken: it is a value, and takes nothing."""
+        return lock_for(self, *args, **kwargs)
+
+    def signature_from_request(
+        self, request: Any = None, args: Any = None, kwargs: Any = None, queue: Any = None, **options: Any
+    ) -> Any:
+        request = self.request if request is None else request
+        held_back = runs.held_back_by(request)
+        if held_back is None:
+            return super().signature_from_request(request, args, kwargs, queue, **options)
+        # The lock was obtained, so the next conflict is the first again.
+        options["headers"] = without_our_headers(options.get("headers", request.headers))
+        signature = super().signature_from_request(request, args, kwargs, queue, **options)
+        if not request.is_eager:
+            # Sent now, it could meet the lock of the very run that sends it.
+            held_back.hold(signature)
+        return signature
+
+    def on_replace(self, sig: Any) -> Any:
+        held_back = runs.held_back_by(self.request)
+        if held_back is None or self.request.is_eager:
+            return super().on_replace(sig)
+        held_back.later(sig.delay)
+        raise Ignore("Replaced by new task")
+
+
+class XactAdvisoryTask(AdvisoryTask):
+    """A task that runs in a transaction of its own, and holds a transaction-level lock until its end."""
+
+    lock_xact: ClassVar[bool] = True
+
+
+def lock_for(task: Any, /, *args: Any, **kwargs: Any) -> advisory:
+    """The lock that a call of this task with these arguments takes; it takes nothing."""
+    options = getattr(task, "_lock_options", None)
+    if options is None:
+        raise LockMisuse(f"{task.name} is not locked: its base class is not AdvisoryTask.")
+    lock: advisory = options.lock(args, kwargs)
+    return lock
+
+
+def _next_call_is_celerys(cls: type[Any]) -> bool:
+    after = cls.__mro__[cls.__mro__.index(AdvisoryTask) + 1 :]
+    return next(base for base in after if "__call__" in vars(base)) is Task

@@ -1,0 +1,296 @@
+"""What a task says about its lock."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from string import Formatter
+from typing import Any, Final
+
+from celery_pglock.argument_texts import UnstableText, canonical_text, plain
+from celery_pglock.config import current
+from celery_pglock.durations import UNSET, seconds
+from celery_pglock.errors import LockMisuse, did_you_mean
+from celery_pglock.locks import advisory
+from celery_pglock.side_effects import Retry, Return, SideEffect, side_effect
+
+OPTIONS: Final = {
+    "lock_key": UNSET,
+    "lock_by": UNSET,
+    "lock_shared": False,
+    "lock_xact": False,
+    "lock_limit": 1,
+    "lock_timeout": UNSET,
+    "lock_side_effect": UNSET,
+    "lock_using": UNSET,
+    "lock_on_direct_call": False,
+}
+
+# Named by the reference, built later: refused rather than silently without effect.
+NOT_AVAILABLE: Final = ("lock_on_lost", "lock_strict", "lock_priority")
+
+# The methods of a task that share the options' prefix.
+METHODS: Final = ("lock_for",)
+
+
+class _Arguments(Enum):
+    ALL_ARGUMENTS = "all arguments"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+ALL_ARGUMENTS: Final = _Arguments.ALL_ARGUMENTS
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """The lock options of one task, checked against its signature."""
+
+    task_name: str
+    signature: inspect.Signature
+    key: Any
+    by: tuple[str, ...] | _Arguments | None
+    shared: bool
+    xact: bool
+    limit: int | Callable[..., Any]
+    timeout: Any
+    side_effect: Any
+    using: Any
+    on_direct_call: bool
+
+    def effect(self) -> SideEffect:
+        """What the task does when its lock is taken."""
+        if self.side_effect is not UNSET:
+            return _task_side_effect(self.side_effect, "lock_side_effect")
+        default = current().SIDE_EFFECT
+        return Retry() if default is None else _task_side_effect(default, "CELERY_PGLOCK['SIDE_EFFECT']")
+
+    def lock(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> advisory:
+        """The lock of one call; raises TypeError for arguments that the task does not take."""
+        settings = current()
+        limit = self.limit(*args, **kwargs) if callable(self.limit) else self.limit
+        return advisory(
+            *self._identifiers(args, kwargs),
+            shared=self.shared,
+            xact=self.xact,
+            limit=_checked_limit(limit),
+            using=settings.USING if self.using is UNSET else self.using,
+            timeout=settings.TIMEOUT if self.timeout is UNSET else self.timeout,
+        )
+
+    def _identifiers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        if self.by is not None:
+            return [self._text_of_arguments(self._bound(args, kwargs))]
+        if callable(self.key):
+            identifiers = _several(self.key(*args, **kwargs))
+        elif any(_fields(identifier) for identifier in self.key):
+            arguments = self._bound(args, kwargs)
+            identifiers = [self._rendered(identifier, arguments) for identifier in self.key]
+        else:
+            identifiers = [self._rendered(identifier, {}) for identifier in self.key]
+        if not identifiers:
+            raise LockMisuse(f"The lock_key of {self.task_name} gave no key at all; one is needed.")
+        return identifiers
+
+    def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(name)
+        return arguments
+
+    def _text_of_arguments(self, arguments: dict[str, Any]) -> str:
+        names = sorted(arguments) if self.by is ALL_ARGUMENTS else sorted(self.by or ())
+        texts = [f"{name}={self._stable(canonical_text, name, arguments)}" for name in names]
+        return f"{self.task_name}({', '.join(texts)})"
+
+    def _rendered(self, identifier: Any, arguments: dict[str, Any]) -> Any:
+        if not isinstance(identifier, str):
+            return identifier
+        values = {name: self._stable(plain, name, arguments) for name in _fields(identifier)}
+        return identifier.format_map(values)
+
+    def _stable(self, text_of: Callable[[Any], Any], name: str, arguments: dict[str, Any]) -> Any:
+        if name not in arguments:
+            raise LockMisuse(
+                f"The lock key of {self.task_name} needs the argument {name!r}, and it is missing."
+            )
+        try:
+            return text_of(arguments[name])
+        except UnstableText as unstable:
+            raise LockMisuse(
+                f"The argument {name!r} of {self.task_name} cannot be part of a lock key: {unstable}. Pass "
+                f"something with a text of its own, such as a primary key, or use a callable lock_key."
+            ) from None
+
+
+def options_of(task: type[Any]) -> TaskOptions:
+    """The options that a task class states; what cannot work is refused with ``LockMisuse``."""
+    # Read from the class: a function stored there would become a method of the task.
+    given: dict[str, Any] = {name: getattr(task, name, default) for name, default in OPTIONS.items()}
+    _check_names(task)
+    if given["lock_key"] is not UNSET and given["lock_by"] is not UNSET:
+        raise _wrong(task, "lock_key and lock_by both name the key: use one of them.")
+    signature = _signature(task)
+    key, by = _key(task, given, signature), _by(task, given, signature)
+    limit = given["lock_limit"]
+    try:
+        if not callable(limit):
+            _checked_limit(limit)
+        if given["lock_timeout"] is not UNSET:
+            _check_wait(task, seconds(given["lock_timeout"], "lock_timeout"))
+        if given["lock_side_effect"] is not UNSET:
+            _task_side_effect(given["lock_side_effect"], "lock_side_effect")
+    except LockMisuse as misuse:
+        raise _wrong(task, str(misuse)) from None
+    if given["lock_shared"] and limit != 1:
+        raise _wrong(task, "shared holders are not counted: use lock_shared or lock_limit, not both.")
+    return TaskOptions(
+        task_name=task.name,
+        signature=signature,
+        key=key,
+        by=by,
+        shared=bool(given["lock_shared"]),
+        xact=bool(given["lock_xact"]),
+        limit=limit,
+        timeout=given["lock_timeout"],
+        side_effect=given["lock_side_effect"],
+        using=given["lock_using"],
+        on_direct_call=bool(given["lock_on_direct_call"]),
+    )
+
+
+def states_an_option(task: type[Any]) -> bool:
+    """Whether an option was given to this very task, not to a base class for many."""
+    return any(name in vars(task) for name in OPTIONS)
+
+
+def _wrong(task: type[Any], why: str) -> LockMisuse:
+    return LockMisuse(f"Task {task.name}: {why}")
+
+
+def _check_names(task: type[Any]) -> None:
+    known = [*OPTIONS, *METHODS]
+    for name in dir(task):
+        if name in NOT_AVAILABLE:
+            raise _wrong(task, f"the option {name} is not available in this version; remove it.")
+        if name.startswith("lock_") and name not in known:
+            raise _wrong(
+                task,
+                f"there is no option {name!r}, and the prefix lock_ is reserved.{did_you_mean(name, known)}",
+            )
+
+
+def _signature(task: type[Any]) -> inspect.Signature:
+    signature = inspect.signature(task.run)
+    if isinstance(inspect.getattr_static(task, "run"), staticmethod):
+        return signature
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _accepts(signature: inspect.Signature, name: str) -> bool:
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    return name in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _key(task: type[Any], given: Mapping[str, Any], signature: inspect.Signature) -> Any:
+    key = given["lock_key"]
+    if key is UNSET:
+        # Not a template, even if a name holds braces.
+        return [task.name.replace("{", "{{").replace("}", "}}")]
+    if callable(key):
+        return key
+    keys = _several(key)
+    if not keys:
+        raise _wrong(task, "lock_key is empty; name at least one key.")
+    for one in keys:
+        try:
+            fields = _fields(one)
+            # Numbers are checked as keys; a template can only be checked for its fields.
+            if not fields:
+                advisory(one.format() if isinstance(one, str) else one)
+        except ValueError as error:
+            raise _wrong(task, f"lock_key {one!r} cannot be used: {error}") from None
+        for name in fields:
+            if not _accepts(signature, name):
+                hint = did_you_mean(name, signature.parameters)
+                raise _wrong(task, f"lock_key {one!r} uses {name!r}, which is not an argument of it.{hint}")
+    return keys
+
+
+def _by(
+    task: type[Any], given: Mapping[str, Any], signature: inspect.Signature
+) -> tuple[str, ...] | _Arguments | None:
+    by = given["lock_by"]
+    if by is UNSET:
+        return None
+    if by is ALL_ARGUMENTS:
+        everything: _Arguments = by
+        return everything
+    if isinstance(by, str) or not isinstance(by, list | tuple) or not by:
+        raise _wrong(
+            task,
+            f'lock_by is a tuple of parameter names such as ("account_id",), or ALL_ARGUMENTS, not {by!r}.',
+        )
+    for name in by:
+        if not isinstance(name, str) or not _accepts(signature, name):
+            hint = did_you_mean(str(name), signature.parameters)
+            raise _wrong(task, f"lock_by names {name!r}, which is not an argument of it.{hint}")
+    return tuple(by)
+
+
+def _fields(identifier: Any) -> list[str]:
+    """The names of the arguments in a template; ValueError where it is none that can be filled."""
+    if not isinstance(identifier, str):
+        return []
+    names = []
+    for _, name, spec, _ in Formatter().parse(identifier):
+        if name is None:
+            continue
+        if not name.isidentifier():
+            raise ValueError(f"in a template {{{name}}} must be the name of an argument, and nothing else")
+        if spec and "{" in spec:
+            raise ValueError("a template cannot have fields inside of a field's format")
+        names.append(name)
+    return names
+
+
+def _several(key: Any) -> list[Any]:
+    is_pair = (
+        isinstance(key, tuple)
+        and len(key) == 2
+        and all(isinstance(half, int) and not isinstance(half, bool) for half in key)
+    )
+    return list(key) if isinstance(key, list | tuple) and not is_pair else [key]
+
+
+def _checked_limit(limit: Any) -> int:
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise LockMisuse(
+            f"lock_limit must be an int of 1 or more, or a callable that returns one, not {limit!r}."
+        )
+    return limit
+
+
+def _check_wait(task: type[Any], wait: float | None) -> None:
+    for name in ("soft_time_limit", "time_limit"):
+        limit = getattr(task, name, None)
+        # Time limits run from the moment a worker accepts the task: waiting counts.
+        if wait is not None and limit is not None and wait >= limit:
+            raise LockMisuse(
+                f"lock_timeout ({wait:g} s) leaves nothing of {name} ({limit:g} s), as waiting counts."
+            )
+
+
+def _task_side_effect(given: object, where: str) -> SideEffect:
+    effect = side_effect(given, where)
+    if isinstance(effect, Return):
+        raise LockMisuse(
+            f"{where}: Return would run the body without its lock; use Skip(), Raise() or Retry()."
+        )
+    return effect

