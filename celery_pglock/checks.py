@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 from celery import current_app
@@ -9,6 +10,8 @@ from django.core import checks
 
 from celery_pglock import config
 from celery_pglock.errors import LockMisuse
+
+_binding_all_tasks = ContextVar("_binding_all_tasks", default=False)
 
 
 def register() -> None:
@@ -28,6 +31,10 @@ def settings_can_work(**_: Any) -> list[checks.CheckMessage]:
 
 def tasks_can_work(**_: Any) -> list[checks.CheckMessage]:
     """``celery_pglock.E002``: a task's lock options cannot be used. Checking binds all tasks."""
+    # Celery's Django fixup runs all checks whenever the task modules are imported, as is done here.
+    if _binding_all_tasks.get():
+        return []
+    token = _binding_all_tasks.set(True)
     try:
         current_app.loader.import_default_modules()
         current_app.finalize(auto=True)
@@ -35,4 +42,6 @@ def tasks_can_work(**_: Any) -> list[checks.CheckMessage]:
             task.app  # noqa: B018 - reading it binds the task
     except LockMisuse as misuse:
         return [checks.Error(str(misuse), id="celery_pglock.E002")]
+    finally:
+        _binding_all_tasks.reset(token)
     return []

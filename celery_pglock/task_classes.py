@@ -44,23 +44,34 @@ class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs
     lock_on_direct_call: ClassVar[bool] = False
     """Whether calling the task like a function takes the lock, too."""
 
-    _lock_options: ClassVar[TaskOptions | None] = None
+    _lock_options: ClassVar[Any] = UNSET
     _runs_at_once: ClassVar[bool] = True
 
     @classmethod
     def on_bound(cls, app: Any) -> None:
         super().on_bound(app)
         hooks.connect()
+        cls._lock_options = UNSET
         cls._runs_at_once = _next_call_is_celerys(cls)
-        # With Celery(task_cls=AdvisoryTask), Celery's own tasks stay as they are.
-        if cls.name.startswith("celery.") and not states_an_option(cls):
-            return
-        cls._lock_options = options_of(cls)
         # An expected outcome: logged in a line, without a traceback.
         cls.throws = (*(error for error in cls.throws if error is not LockNotAcquired), LockNotAcquired)
+        cls.lock_options()
+
+    @classmethod
+    def lock_options(cls) -> TaskOptions | None:
+        """The options as they were checked; ``None`` for a task of Celery's own that states none.
+
+        Celery takes a task for bound even if its binding failed: what cannot work is refused each time.
+        """
+        if cls._lock_options is UNSET:
+            # With Celery(task_cls=AdvisoryTask), Celery's own tasks stay as they are.
+            left_alone = cls.name.startswith("celery.") and not states_an_option(cls)
+            cls._lock_options = None if left_alone else options_of(cls)
+        options: TaskOptions | None = cls._lock_options
+        return options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        options, request = self._lock_options, self.request
+        options, request = self.lock_options(), self.request
         unlocked = request.called_directly and not (options and options.on_direct_call)
         if options is None or unlocked or runs.held_back_by(request):
             return self._body(request)(*args, **kwargs)
@@ -108,11 +119,10 @@ class XactAdvisoryTask(AdvisoryTask):
 
 def lock_for(task: Any, /, *args: Any, **kwargs: Any) -> advisory:
     """The lock that a call of this task with these arguments takes; it takes nothing."""
-    options = getattr(task, "_lock_options", None)
+    options = task.lock_options() if isinstance(task, AdvisoryTask) else None
     if options is None:
         raise LockMisuse(f"{task.name} is not locked: its base class is not AdvisoryTask.")
-    lock: advisory = options.lock(args, kwargs)
-    return lock
+    return options.lock(args, kwargs)
 
 
 def _next_call_is_celerys(cls: type[Any]) -> bool:

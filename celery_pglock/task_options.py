@@ -32,7 +32,7 @@ OPTIONS: Final = {
 NOT_AVAILABLE: Final = ("lock_on_lost", "lock_strict", "lock_priority")
 
 # The methods of a task that share the options' prefix.
-METHODS: Final = ("lock_for",)
+METHODS: Final = ("lock_for", "lock_options")
 
 
 class _Arguments(Enum):
