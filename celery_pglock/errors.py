@@ -42,7 +42,7 @@ class LockNotAcquired(LockError, OperationalError):
         self.holders = tuple(holders)
 
     def __str__(self) -> str:
-        waiting = f"after waiting {self.waited:.2f} s" if self.waited else "without waiting"
+        waiting = f"after waiting {self.waited:.2f} s" if self.waited >= 0.01 else "without waiting"
         held_by = f"; held by {', '.join(self.holders)}" if self.holders else ""
         return f"lock {self.lock!r} was not acquired {waiting}: {self.reason}{held_by}"
 

@@ -21,6 +21,8 @@ from celery_pglock.task_options import TaskOptions
 
 logger = logging.getLogger(__name__)
 
+LOOKS = 3
+
 Body = Callable[..., Any]
 
 
@@ -40,7 +42,7 @@ def run(task: Any, options: TaskOptions, body: Body, args: Sequence[Any], kwargs
     with work_connections.named_after(request.id) if named else nullcontext():
         pause = pauses()
         while True:
-            taken = _take(task, request, lock)
+            taken = _take_or_look(task, request, lock)
             if isinstance(taken, Hold):
                 return _run_held(task, request, lock, taken, body, args, kwargs)
             signals.lock_conflict.send_robust(sender=task, lock=lock, conflict=taken)
@@ -54,6 +56,16 @@ def run(task: Any, options: TaskOptions, body: Body, args: Sequence[Any], kwargs
                     refused,
                 )
                 time.sleep(next(pause))
+
+
+def _take_or_look(task: Any, request: Any, lock: advisory) -> Hold | TaskConflict:
+    # A conflict whose holder has gone by the time of looking is none: it could even have been an earlier
+    # delivery of this message, whose result is not to be replaced.
+    for _ in range(LOOKS - 1):
+        taken = _take(task, request, lock)
+        if isinstance(taken, Hold) or taken.holders:
+            return taken
+    return _take(task, request, lock)
 
 
 def _take(task: Any, request: Any, lock: advisory) -> Hold | TaskConflict:

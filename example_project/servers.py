@@ -179,13 +179,15 @@ def main() -> int:
     if not command:
         parser.error("name a command to run")
     # A polite end for the command, and then for the servers.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     with environment(arguments.postgresql) as variables:
         child = subprocess.Popen(command, env=variables)
         try:
             return child.wait()
         except KeyboardInterrupt:
-            # The command got the same Ctrl-C.
+            # The command got the same Ctrl-C; while it ends it still needs its servers.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             return child.wait()
         except SystemExit:
             child.terminate()

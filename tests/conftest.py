@@ -24,6 +24,11 @@ from celery_pglock.pool import pool
 
 PATIENCE = 20.0
 
+LOCK_SESSIONS = (
+    "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pglock%%'"
+    " AND datname = current_database()"
+)
+
 
 def wait_until(condition: Callable[[], Any], what: str = "", seconds: float = PATIENCE) -> Any:
     """Poll until the condition holds, and give what it gave."""

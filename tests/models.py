@@ -1,6 +1,6 @@
 """The journal in which the tests' tasks write what they do, on the clock of the database."""
 
-from django.db import models
+from django.db import connection, models
 from django.db.models.functions import Now
 
 
@@ -21,3 +21,18 @@ class Entry(models.Model):
 
     class Meta:
         ordering = ["at", "id"]
+
+
+# The most that were inside of a key's body at once, by the database's clock.
+MOST_AT_ONCE = """
+SELECT coalesce(max(inside), 0) FROM (
+    SELECT sum(CASE what WHEN 'begins' THEN 1 ELSE -1 END) OVER (ORDER BY at, id) AS inside
+    FROM tests_entry WHERE key = %s
+) AS history
+"""
+
+
+def most_at_once(key):
+    with connection.cursor() as cursor:
+        cursor.execute(MOST_AT_ONCE, [key])
+        return cursor.fetchone()[0]

@@ -13,12 +13,7 @@ from celery_pglock import LockLost, LockNotAcquired, Raise, advisory
 from celery_pglock.labels import Owner
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.sessions import LockSession
-from tests.conftest import Rival, wait_until
-
-LOCK_SESSIONS = (
-    "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pglock%%'"
-    " AND datname = current_database()"
-)
+from tests.conftest import LOCK_SESSIONS, Rival, wait_until
 
 
 class Interrupted(Exception):

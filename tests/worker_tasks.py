@@ -5,7 +5,7 @@ import time
 from celery import Task
 from django.db import connection
 
-from celery_pglock import AdvisoryTask, Raise, Retry, Skip, XactAdvisoryTask
+from celery_pglock import AdvisoryTask, Raise, Retry, SideEffect, Skip, XactAdvisoryTask
 from tests.celery_app import app
 from tests.models import Entry
 
@@ -138,3 +138,97 @@ def plain(self, value=None, key="plain"):
 @app.task
 def collect(results):
     return results
+
+
+@app.task(bind=True)
+def note_error(self, key):
+    write(self, key, "begins")
+
+
+@app.task(
+    base=AdvisoryTask,
+    lock_key="{key}",
+    lock_side_effect=Raise(),
+    autoretry_for=(Exception,),
+    default_retry_delay=60,
+)
+def raises_and_retries_anything(key):
+    return "done"
+
+
+@app.task(
+    base=AdvisoryTask,
+    lock_key="{key}",
+    lock_side_effect=Retry(countdown=0.1, maximum=0.1, max_retries=2, then=Skip("gave up")),
+)
+def gives_up(key):
+    return "done"
+
+
+@app.task(
+    base=AdvisoryTask,
+    lock_key="{key}",
+    lock_side_effect=Retry(countdown=0.2, maximum=0.2, deadline=0.7, then=Skip("gave up")),
+)
+def gives_up_in_time(key):
+    return "done"
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip(result="skipped"))
+def retries_itself_without_throwing(self, key):
+    work(self, key, 0)
+    if self.request.retries == 0:
+        self.retry(countdown=0, throw=False)
+    return "done"
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Retry(countdown=0.1, maximum=0.1))
+def tells_conflicts(self, key, before=None):
+    conflicts = (self.request.headers or {}).get("pglock_conflicts")
+    if self.request.retries == 0:
+        raise self.retry(countdown=0, kwargs={"before": conflicts})
+    return [before, conflicts]
+
+
+@app.task
+def tells_application_name():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT current_setting('application_name')")
+        return cursor.fetchone()[0]
+
+
+class TwiceThenTake(SideEffect):
+    """A side effect of a user's own: comes back once, then gives a result of its own."""
+
+    def on_conflict(self, conflict):
+        if conflict.attempt < 2:
+            return conflict.retry(countdown=0.1)
+        return f"took attempt {conflict.attempt}"
+
+
+@app.task(base=AdvisoryTask, lock_key="{key}", lock_side_effect=TwiceThenTake())
+def decides_itself(key):
+    return "done"
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Raise())
+def leaves(self, key):
+    write(self, key, "begins")
+    raise SystemExit
+
+
+@app.task(
+    base=AdvisoryTask,
+    bind=True,
+    lock_key="{key}",
+    lock_side_effect=Skip("skipped"),
+    acks_late=True,
+    ignore_result=True,
+)
+def without_result(self, key, seconds=0.0):
+    return work(self, key, seconds)
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip(result="skipped"))
+def retries_with_what_no_message_holds(self, key):
+    raise self.retry(kwargs={"key": object()})

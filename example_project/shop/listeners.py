@@ -1,0 +1,71 @@
+"""What Celery and celery_pglock tell about a task, on its way into the journal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Task
+from celery.signals import after_task_publish, task_postrun, task_prerun, worker_ready
+from django.dispatch import receiver
+
+from celery_pglock import Skip, advisory
+from celery_pglock.signals import lock_acquired, lock_conflict, lock_released, lock_skipped
+from example_project.shop.journal import short, short_host, write, write_of
+
+
+@after_task_publish.connect
+def sent(headers: dict[str, Any], **_: Any) -> None:
+    write("sent", headers["task"], headers["id"])
+
+
+@worker_ready.connect
+def ready(sender: Any, **_: Any) -> None:
+    write("ready", worker=short_host(sender.hostname))
+
+
+@task_prerun.connect
+def waits(task: Task, args: list[Any], kwargs: dict[str, Any], **_: Any) -> None:
+    lock = task.lock_for(*args, **kwargs)
+    # The lock's own signals come after the waiting, and a wait is worth watching.
+    if lock.timeout and not lock.explain().would_run:
+        write_of("waits", task, args, lock=lock.name, remark=in_the_way(lock))
+
+
+@task_postrun.connect
+def leaves(task: Task, state: str, retval: Any, **_: Any) -> None:
+    write_of(state.lower(), task, remark=str(retval) if state == "FAILURE" else "")
+
+
+@receiver(lock_acquired)
+def holds(sender: Task, lock: advisory, waited: float, **_: Any) -> None:
+    write_of("holds", sender, lock=lock.name, seconds=waited)
+
+
+@receiver(lock_conflict)
+def retries(sender: Task, lock: advisory, **_: Any) -> None:
+    if not isinstance(sender.lock_side_effect, Skip):
+        write_of("retries", sender, lock=lock.name, remark=in_the_way(lock))
+
+
+@receiver(lock_skipped)
+def skips(sender: Task, lock: advisory, **_: Any) -> None:
+    write_of("skips", sender, lock=lock.name, remark=in_the_way(lock))
+
+
+@receiver(lock_released)
+def frees(sender: Task, lock: advisory, held: float, **_: Any) -> None:
+    write_of("frees", sender, lock=lock.name, seconds=held)
+
+
+def in_the_way(lock: advisory) -> str:
+    """Who holds this lock, or has been waiting for it for longer, in a few words."""
+    found = lock.explain()
+    rivals = [one for one in (*found.holders, *found.waiters) if not (lock.shared and one.shared)]
+    if not rivals:
+        return "was free again a moment later"
+    first = rivals[0]
+    verb = "is held by" if first.granted else "is waited for by"
+    if not first.task_name:
+        # A transaction-level lock is on a connection that tells no more than this.
+        return f"{verb} task {first.task_id}"
+    return f"{verb} {short(first.task_name)} on {short_host(first.worker)}"
