@@ -170,7 +170,7 @@ def running_worker(
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _shared_worker(django_db_setup: None, django_db_blocker: Any) -> Iterator[Worker]:
     from tests.celery_app import app
 
