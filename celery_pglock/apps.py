@@ -6,9 +6,11 @@ from django.apps import AppConfig
 class CeleryPglockConfig(AppConfig):
     name = "celery_pglock"
     verbose_name = "PostgreSQL locks of Celery tasks"
+    default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from celery_pglock import checks, hooks
+        from celery_pglock import checks, hooks, models, signals
 
         hooks.connect()
         checks.register()
+        signals.lock_skipped.connect(models.count_skip, dispatch_uid="celery_pglock.count_skip")

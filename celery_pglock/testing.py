@@ -22,11 +22,14 @@ def held_elsewhere(
     Takes ids, or the locks that ``task.lock_for(...)`` gives. ``using`` is an alias of ``DATABASES``;
     ``CELERY_PGLOCK["USING"]`` if it is not named. Raises ``LockNotAcquired`` if one is taken already.
     """
-    wanted = {key for one in keys for key in (one.keys if isinstance(one, advisory) else canonical([one]))}
+    wanted = sorted(
+        {key for one in keys for key in (one.keys if isinstance(one, advisory) else canonical([one]))}
+    )
     session = LockSession(using or current().USING, Owner(worker="held_elsewhere"))
     try:
-        if not session.take(sorted(wanted), shared=shared, timeout=0):
-            raise LockNotAcquired(", ".join(key.name for key in sorted(wanted)))
+        if not session.take(wanted, shared=shared, timeout=0):
+            raise LockNotAcquired(", ".join(key.name for key in wanted))
         yield
+        session.give_back(wanted, shared=shared)
     finally:
         session.close()

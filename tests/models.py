@@ -1,5 +1,7 @@
 """The journal in which the tests' tasks write what they do, on the clock of the database."""
 
+from typing import Any
+
 from django.db import connection, models
 from django.db.models.functions import Now
 
@@ -9,7 +11,7 @@ class ClockTimestamp(Now):
 
     template = "clock_timestamp()"
 
-    def as_postgresql(self, compiler, connection, **context):  # type: ignore[no-untyped-def]
+    def as_postgresql(self, compiler: Any, connection: Any, **context: Any) -> Any:
         return self.as_sql(compiler, connection, **context)
 
 
@@ -32,7 +34,8 @@ SELECT coalesce(max(inside), 0) FROM (
 """
 
 
-def most_at_once(key):
+def most_at_once(key: str) -> int:
     with connection.cursor() as cursor:
         cursor.execute(MOST_AT_ONCE, [key])
-        return cursor.fetchone()[0]
+        row: tuple[int] = cursor.fetchone()
+        return row[0]

@@ -106,11 +106,8 @@ class TestSkip:
         last = chain(skips_and_stops.s("k"), plain.s(key="rest"), plain.s(key="rest"))()
         with pytest.raises(TaskRevokedError, match="lock 'k' is held by"):
             last.get(timeout=10)
-        assert [last.parent.parent.state, last.parent.state, last.state] == [
-            states.SUCCESS,
-            states.REVOKED,
-            states.REVOKED,
-        ]
+        assert [last.parent.state, last.state] == [states.REVOKED, states.REVOKED]
+        assert last.parent.parent.get(timeout=10) == "skipped"
         assert count("rest") == 0
 
     def test_stopping_a_chain_inside_of_a_chord_does_not_hang_it(self, rival):
