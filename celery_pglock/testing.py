@@ -29,7 +29,9 @@ def held_elsewhere(
     try:
         if not session.take(wanted, shared=shared, timeout=0):
             raise LockNotAcquired(", ".join(key.name for key in wanted))
-        yield
-        session.give_back(wanted, shared=shared)
+        try:
+            yield
+        finally:
+            session.give_back(wanted, shared=shared)
     finally:
         session.close()

@@ -32,7 +32,7 @@ class Order(BaseModel):
     ("value", "text"),
     [
         ("a", '"a"'),
-        ('quo"te', '"quo\\"te"'),
+        ('say "a"', '"say \\"a\\""'),
         ("é", '"é"'),
         (1, "1"),
         (True, "True"),

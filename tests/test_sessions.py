@@ -117,7 +117,7 @@ class TestPool:
                 try:
                     gc.collect()
                     taken = advisory("parents", timeout=0).acquire()
-                    with advisory("childs"):
+                    with advisory("the child's"):
                         pass
                     pool().close_idle()
                     status = 0 if not taken else 2
