@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Set
+from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta, timezone
-from decimal import Decimal
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from enum import Enum
 from typing import Any
 from uuid import UUID
@@ -59,6 +60,9 @@ def canonical_text(value: Any) -> str:
         return "set(" + ", ".join(sorted(map(canonical_text, value))) + ")"
     if hasattr(value, "model_dump"):
         return canonical_text(value.model_dump())
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {one.name: getattr(value, one.name) for one in fields(value)}
+        return f"{type(value).__qualname__}({canonical_text(named)})"
     text = repr(value)
     if MEMORY_ADDRESS.search(text):
         raise UnstableText(f"its text holds a memory address: {text}")
@@ -77,7 +81,11 @@ def plain(value: Any) -> Any:
 
 
 def _decimal_text(value: Decimal) -> str:
-    return str(value.normalize() + 0) if value.is_finite() else str(value)
+    if not value:
+        return "0"
+    # A context of its own, because the thread's would round.
+    exact = Context(prec=max(1, len(value.as_tuple().digits)), Emin=MIN_EMIN, Emax=MAX_EMAX)
+    return str(value.normalize(exact)) if value.is_finite() else str(value)
 
 
 def _type_name(value: UUID | date | time | timedelta) -> str:

@@ -10,6 +10,8 @@ from django.core import checks
 
 from celery_pglock import config
 from celery_pglock.errors import LockMisuse
+from celery_pglock.sessions import check_vendor
+from celery_pglock.task_options import task_side_effect
 
 _binding_all_tasks = ContextVar("_binding_all_tasks", default=False)
 
@@ -23,7 +25,11 @@ def register() -> None:
 def settings_can_work(**_: Any) -> list[checks.CheckMessage]:
     """``celery_pglock.E001``: the setting ``CELERY_PGLOCK`` cannot be used."""
     try:
-        config.current()
+        settings = config.current()
+        config.check_alias(settings.USING, "CELERY_PGLOCK['USING']")
+        check_vendor(settings.USING)
+        if settings.SIDE_EFFECT is not None:
+            task_side_effect(settings.SIDE_EFFECT, "CELERY_PGLOCK['SIDE_EFFECT']")
     except LockMisuse as misuse:
         return [checks.Error(str(misuse), obj="CELERY_PGLOCK", id="celery_pglock.E001")]
     return []

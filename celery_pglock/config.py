@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from django.conf import settings as django_settings
+from django.db import connections
 
-from celery_pglock.durations import Duration
+from celery_pglock.durations import Duration, seconds
 from celery_pglock.errors import LockMisuse, did_you_mean
 
 # Named by the reference, built later: refused rather than silently without effect.
@@ -45,4 +46,22 @@ def current() -> Settings:
             raise LockMisuse(f"CELERY_PGLOCK[{name!r}] is not available in this version; remove it.")
         if name not in known:
             raise LockMisuse(f"CELERY_PGLOCK has no key {name!r}.{did_you_mean(str(name), known)}")
-    return Settings(**given)
+    settings = Settings(**given)
+    for name in ("SHOW_NAMES", "ENABLED"):
+        if not isinstance(getattr(settings, name), bool):
+            raise LockMisuse(
+                f"CELERY_PGLOCK[{name!r}] must be True or False, not {getattr(settings, name)!r}."
+            )
+    seconds(settings.TIMEOUT, "CELERY_PGLOCK['TIMEOUT']")
+    return settings
+
+
+def check_alias(alias: Any, where: str) -> None:
+    """Refuse a name that is no alias of ``DATABASES``; ``where`` is what the error calls it."""
+    if not django_settings.configured:
+        return
+    aliases = list(connections)
+    if alias not in aliases:
+        raise LockMisuse(
+            f"{where} names {alias!r}, which is not in DATABASES.{did_you_mean(str(alias), aliases)}"
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 from celery import states
 from celery.app.task import Context
-from celery.exceptions import Ignore, TaskRevokedError
+from celery.exceptions import Ignore, SoftTimeLimitExceeded, TaskRevokedError
 from celery.exceptions import Retry as RetryLater
 
 from celery_pglock import labels, signals
@@ -40,11 +40,12 @@ class TaskConflict(Conflict):
     """A conflict of a task, with what only tasks can do about it."""
 
     lock: Any = None
+    has_message: bool = False
 
     @property
     def is_with_itself(self) -> bool:
         """Whether the holder is the same message, delivered before."""
-        if not self._has_message:
+        if not self.has_message:
             return False
         cut = labels.task_id_of(labels.application_name(labels.LOCK_SESSION, self.request.id))
         return any(holder.task_id in (self.request.id, cut) for holder in self.holders)
@@ -63,24 +64,20 @@ class TaskConflict(Conflict):
 
     def retry(self, countdown: float) -> Any:
         error = self.error()
-        if self.request.called_directly:
-            raise error
         countdown = min(countdown, _longest_countdown(self.task.app))
-        if self.request.is_eager:
+        if not self.has_message and not self.request.is_eager:
+            raise error
+        if not self.has_message:
             raise _retry_later(error, countdown, is_eager=True)
         again = self._again(countdown)
-        publish(again.apply_async)
+        publish(self.task.app, again.apply_async)
         raise _retry_later(error, countdown, sig=again)
 
     def come_back(self) -> Any:
         """Send the message again for later, and leave the task's state to the run that has the lock."""
         countdown = min(COMES_BACK.delay(self.attempt), _longest_countdown(self.task.app))
-        publish(self._again(countdown, **{COPY: True}).apply_async)
+        publish(self.task.app, self._again(countdown, **{COPY: True}).apply_async)
         raise Ignore(f"lock {self.key!r} is held by an earlier delivery of this message")
-
-    @property
-    def _has_message(self) -> bool:
-        return not self.request.called_directly and not self.request.is_eager
 
     def _again(self, countdown: float, **headers: Any) -> Any:
         ours = {CONFLICTS: self.attempt, FIRST_CONFLICT: self.first_attempt}
@@ -92,7 +89,7 @@ class TaskConflict(Conflict):
         )
 
     def _send_event(self, kind: str) -> None:
-        if not self._has_message or not self.task.app.conf.worker_send_task_events:
+        if not self.has_message or not self.task.app.conf.worker_send_task_events:
             return
         try:
             self.task.send_event(kind, name=self.task.name, key=self.key, waited=self.waited)
@@ -104,6 +101,8 @@ def succeeded_before(task: Any, request: Any) -> bool:
     """Whether the result backend knows that an earlier delivery of this message succeeded."""
     try:
         return bool(task.backend.get_state(request.id) == states.SUCCESS)
+    except SoftTimeLimitExceeded:
+        raise
     except Exception as error:
         logger.info("The state of %s[%s] is not known, so it runs again: %s", task.name, request.id, error)
         return False
@@ -119,7 +118,7 @@ def _longest_countdown(app: Any) -> float:
     with app.connection_for_write() as connection:
         transport = connection.transport.driver_type
     options = app.conf.broker_transport_options or {}
-    timeout = options.get("visibility_timeout", VISIBILITY_TIMEOUTS.get(transport, float("inf")))
+    timeout = options.get("visibility_timeout") or VISIBILITY_TIMEOUTS.get(transport, float("inf"))
     return float(timeout) / 4
 
 

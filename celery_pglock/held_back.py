@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from celery.exceptions import Reject
-from kombu.exceptions import EncodeError
+from kombu.exceptions import EncodeError, OperationalError
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,13 @@ def pauses() -> Iterator[float]:
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def publish(send: Callable[[], Any]) -> None:
-    """Send once; raises ``BrokerRefused``, or what Celery raises for a message that nobody could send."""
+def publish(app: Any, send: Callable[[], Any]) -> None:
+    """Send once; raises ``BrokerRefused`` for what the broker answers, and other errors as they are."""
+    connection = app.connection_for_write()
+    refusals = (OperationalError, *connection.connection_errors, *connection.channel_errors)
     try:
         send()
-    except EncodeError as error:
-        raise Reject(error, requeue=False) from error
-    except Exception as error:
+    except refusals as error:
         raise BrokerRefused(f"{type(error).__name__}: {error}") from error
 
 
@@ -46,21 +46,30 @@ class HeldBack:
     def __init__(self) -> None:
         self._sends: list[Callable[[], Any]] = []
 
-    def later(self, send: Callable[[], Any]) -> None:
+    def send_later(self, send: Callable[[], Any]) -> None:
         self._sends.append(send)
 
-    def hold(self, signature: Any) -> None:
-        """Make sending this signature wait."""
-        send = signature.apply_async
-        signature.apply_async = lambda *args, **kwargs: self.later(lambda: send(*args, **kwargs))
+    def divert(self, retry: Any) -> None:
+        """Make ``retry.apply_async()`` wait for its turn here."""
+        apply_async = retry.apply_async
 
-    def send_all(self, task: str) -> None:
+        def send_or_reject(*args: Any, **kwargs: Any) -> None:
+            try:
+                apply_async(*args, **kwargs)
+            except (EncodeError, TypeError, ValueError) as error:
+                # As Task.retry does with a message that nobody could send.
+                raise Reject(error, requeue=False) from error
+
+        retry.apply_async = lambda *args, **kwargs: self.send_later(lambda: send_or_reject(*args, **kwargs))
+
+    def send_all(self, app: Any, task: str) -> None:
         """Send everything, in order; while the broker refuses, the task waits here rather than lose it."""
-        for send in self._sends:
+        while self._sends:
             for pause in pauses():
                 try:
-                    publish(send)
+                    publish(app, self._sends[0])
                     break
                 except BrokerRefused as refused:
                     logger.warning("%s waits in place until the broker takes its message: %s", task, refused)
                     time.sleep(pause)
+            del self._sends[0]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from django.utils.asyncio import async_unsafe
+
 from celery_pglock import labels
 from celery_pglock.keys import Key
 from celery_pglock.labels import Owner
@@ -30,8 +32,9 @@ ORDER BY l.granted DESC, l.waitstart, l.pid
 class Holder:
     """One backend that holds a key or waits for it.
 
-    ``since`` is when it began to hold or to wait; a holder's is by its own host's clock, and ``None``
-    where it cannot be known. Names are what the backend says of itself, empty where it may not be read.
+    ``since`` is when it began to wait, or asked for what it holds; a holder's is by its own host's clock.
+    It is ``None`` where it cannot be known. Names are what the backend says of itself, and empty where it
+    may not be read.
     """
 
     pid: int
@@ -84,6 +87,7 @@ def explanation(
     )
 
 
+@async_unsafe("A lock session belongs to a thread, which coroutines share: ask inside of sync_to_async().")
 def find(keys: Sequence[Key], using: str) -> tuple[Holder, ...]:
     """Everybody who holds one of the keys or waits for it: holders first, then waiters in their order."""
     session = pool().lease(using, Owner())

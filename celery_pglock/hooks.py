@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from celery import signals
+from celery import signals, states
 
+from celery_pglock import work_connections
+from celery_pglock.locks import forget_what_was_left
 from celery_pglock.pool import close_leftovers, pool
+
+logger = logging.getLogger(__name__)
 
 
 def connect() -> None:
     """Connect the hooks; doing it again changes nothing."""
     signals.worker_init.connect(_refuse_eventlet, dispatch_uid="celery_pglock.worker_init")
+    signals.task_prerun.connect(_note_what_is_held, dispatch_uid="celery_pglock.task_prerun")
     signals.task_postrun.connect(_leave_nothing_behind, dispatch_uid="celery_pglock.task_postrun")
     signals.worker_process_shutdown.connect(_close_idle, dispatch_uid="celery_pglock.worker_process_shutdown")
     signals.worker_shutdown.connect(_close_idle, dispatch_uid="celery_pglock.worker_shutdown")
@@ -27,10 +33,24 @@ def _refuse_eventlet(sender: Any = None, **_: Any) -> None:
         )
 
 
-def _leave_nothing_behind(sender: Any = None, task_id: str = "", task: Any = None, **_: Any) -> None:
+def _note_what_is_held(task: Any = None, **_: Any) -> None:
+    # A process may hold a lock of its own for as long as it lives.
+    if task is not None:
+        task.request.pglock_held_before = tuple(pool().leased.values())
+
+
+def _leave_nothing_behind(task_id: str = "", task: Any = None, state: str = "", **_: Any) -> None:
     # An eager task runs inside of somebody else's code, whose locks are none of its business.
-    if task is not None and not task.request.is_eager:
-        close_leftovers(f"Task {task.name}[{task_id}]")
+    if task is None or task.request.is_eager:
+        return
+    name = f"Task {task.name}[{task_id}]"
+    if close_leftovers(name, but=vars(task.request).get("pglock_held_before", ())):
+        forget_what_was_left()
+    if getattr(task, "lock_xact", False) is True:
+        work_connections.roll_back_what_was_left(name)
+    ran = state in (states.SUCCESS, states.FAILURE)
+    if ran and getattr(task, "_lock_options", None) and "pglock_lock" not in vars(task.request):
+        logger.error("%s did not take its lock: its class overrides __call__ without calling super()", name)
 
 
 def _close_idle(**_: Any) -> None:

@@ -50,7 +50,8 @@ class Label:
 def application_name(kind: str, task_id: str) -> str:
     """``pglock:<task id>`` or ``celery:<task id>``, cut to what PostgreSQL keeps of it."""
     name = f"{kind}:{task_id}" if task_id else kind
-    return name.encode("ascii", "replace")[:LONGEST_APPLICATION_NAME].decode("ascii")
+    printable = "".join(character if " " <= character <= "~" else "?" for character in name)
+    return printable[:LONGEST_APPLICATION_NAME]
 
 
 def task_id_of(application_name: str) -> str:

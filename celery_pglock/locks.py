@@ -21,24 +21,33 @@ from celery_pglock.holders import Explanation, Holder
 from celery_pglock.keys import Identifier, canonical
 from celery_pglock.side_effects import Conflict, Raise, Retry, Return, SideEffect, Skip, side_effect
 
+MOST_KEYS = 256
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _Entered(threading.local):
-    """What this thread has entered, so that a lock value itself stays free of state."""
+class _Holds(threading.local):
+    """What this thread holds, so that a lock value itself stays free of state."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[advisory, Hold | None]] = []
-
-    def pop(self, lock: advisory) -> Hold | None:
-        for position in reversed(range(len(self.stack))):
-            if self.stack[position][0] == lock:
-                return self.stack.pop(position)[1]
-        raise LockNotHeld(lock.name)
+        self.by_block: list[tuple[advisory, Hold | None]] = []
+        self.by_hand: list[tuple[advisory, Hold | None]] = []
 
 
-_entered = _Entered()
+_holds = _Holds()
+
+
+def _pop(stack: list[tuple[advisory, Hold | None]], lock: advisory) -> Hold | None:
+    for position in reversed(range(len(stack))):
+        if stack[position][0] == lock:
+            return stack.pop(position)[1]
+    raise LockNotHeld(lock.name)
+
+
+def forget_what_was_left() -> None:
+    """Forget what this thread holds by hand: its session has been closed."""
+    _holds.by_hand.clear()
 
 
 @dataclass(frozen=True, init=False)
@@ -80,8 +89,11 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
         timeout: MaybeDuration = UNSET,
         side_effect: SideEffect | type[SideEffect] | None = None,
     ) -> None:
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise LockMisuse(f"limit must be an int of 1 or more, not {limit!r}.")
+        check_limit(limit, "limit")
+        if len(set(ids)) > MOST_KEYS:
+            raise LockMisuse(
+                f"{len(set(ids))} lock ids at once are too many: at most {MOST_KEYS} can be taken."
+            )
         if shared and limit > 1:
             raise LockMisuse("Shared holders are not counted: use shared=True or limit=N, not both.")
         fields = {
@@ -98,13 +110,13 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
 
     def __enter__(self) -> bool:
         hold = self._obtained(open_transaction=True)
-        _entered.stack.append((self, hold))
+        _holds.by_block.append((self, hold))
         return hold is not None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if hold := _entered.pop(self):
+        if hold := _pop(_holds.by_block, self):
             hold.leave(error)
 
     def acquire(self) -> bool:
@@ -116,14 +128,14 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
             )
         hold = self._obtained(open_transaction=False)
         if hold and not self.xact:
-            _entered.stack.append((self, hold))
+            _holds.by_hand.append((self, hold))
         return hold is not None
 
     def release(self) -> None:
-        """Give back the latest acquisition of this lock by this thread."""
+        """Give back what this thread's latest ``acquire()`` of this lock took."""
         if self.xact:
             raise LockMisuse("A transaction-level lock cannot be released: it ends with its transaction.")
-        if hold := _entered.pop(self):
+        if hold := _pop(_holds.by_hand, self):
             hold.leave(None)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
@@ -183,6 +195,12 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
         return Conflict(key=self.name, reason=refusal.reason, waited=refusal.waited, look=self.holders)
 
 
+def check_limit(limit: Any, name: str) -> None:
+    """Refuse what is no number of holders; ``name`` is what the error calls it."""
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise LockMisuse(f"{name} must be an int of 1 or more, not {limit!r}.")
+
+
 def _allowed(given: SideEffect | type[SideEffect]) -> SideEffect:
     effect = side_effect(given, "side_effect")
     if isinstance(effect, Retry):
@@ -201,7 +219,7 @@ def _refuse_what_runs_later(function: Callable[..., Any]) -> None:
         if is_kind(inner):
             raise LockMisuse(
                 f"{function.__qualname__} is {kind}: calling it only creates it, so the lock would be "
-                f"given back before its body runs. Use `with advisory(...)` inside of it."
+                f"given back before its body runs. Decorate the function that does the work."
             )
     if inspect.isclass(function) or not callable(function):
         raise LockMisuse(f"advisory(...) decorates functions, not {function!r}.")

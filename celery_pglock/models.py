@@ -57,6 +57,8 @@ class SkipCount(models.Model):
 def count_skip(sender: Any, lock: Any, conflict: Any, **_: Any) -> None:
     """Count what the signal ``lock_skipped`` tells; a count that fails is only logged."""
     alias = router.db_for_write(SkipCount)
+    if connections[alias].vendor != "postgresql":
+        return
     try:
         SkipCount.objects.db_manager(alias).count_one(conflict.key, sender.name)
     except ProgrammingError as error:

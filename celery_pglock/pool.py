@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 
 from django.core import mail
 
@@ -23,8 +24,8 @@ class Pool:
     """Sessions that nobody uses, newest first, and those that each thread has leased."""
 
     def __init__(self) -> None:
-        self.process = os.getpid()
-        self._lock = threading.Lock()
+        # Re-entrant, as garbage collected under it may be a generator that gives a lock back.
+        self._lock = threading.RLock()
         self._idle: deque[tuple[float, LockSession]] = deque()
         self._closer: threading.Thread | None = None
         # Per thread, or per greenlet where gevent has patched it: a dead thread's sessions close with it.
@@ -61,11 +62,15 @@ class Pool:
             return
         with self._lock:
             self._idle.append((time.monotonic(), session))
-            if self._closer is None:
-                self._closer = threading.Thread(
-                    target=self._close_the_idle, name="celery_pglock-idle", daemon=True
-                )
-                self._closer.start()
+            if self._closer is None or not self._closer.is_alive():
+                closer = threading.Thread(target=self._close_overdue, name="celery_pglock-idle", daemon=True)
+                try:
+                    closer.start()
+                except RuntimeError:
+                    # No thread can be started: at the limit of threads, or as the interpreter ends.
+                    self.close_idle()
+                else:
+                    self._closer = closer
 
     def close_idle(self) -> None:
         with self._lock:
@@ -84,7 +89,7 @@ class Pool:
                 entry[1].close()
         return None
 
-    def _close_the_idle(self) -> None:
+    def _close_overdue(self) -> None:
         while True:
             with self._lock:
                 overdue = []
@@ -105,25 +110,29 @@ _inherited: list[Pool] = []
 
 
 def pool() -> Pool:
-    """The pool of this process.
-
-    What a child inherits from its parent is kept aside and never touched: closing it would end the
-    parent's sessions, and with them its locks.
-    """
-    global _pool
-    if _pool.process != os.getpid():
-        _inherited.append(_pool)
-        _pool = Pool()
+    """The pool of this process."""
     return _pool
 
 
-def close_leftovers(task: str) -> None:
-    """Close the sessions that still hold locks when the task that took them has ended."""
-    for alias, session in list(pool().leased.items()):
+def _begin_anew_in_a_child() -> None:
+    # What a child inherits is kept aside and never touched: closing it would end its parent's sessions.
+    global _pool
+    _inherited.append(_pool)
+    _pool = Pool()
+
+
+os.register_at_fork(after_in_child=_begin_anew_in_a_child)
+
+
+def close_leftovers(task: str, but: Iterable[LockSession] = ()) -> bool:
+    """Close this thread's sessions ``but`` some, when the task that leased them has ended."""
+    leftovers = [session for session in pool().leased.values() if session not in but]
+    for session in leftovers:
         if not session.holds_nothing:
-            logger.warning("%s ended with locks on alias %r; its lock session is closed", task, alias)
+            logger.warning("%s ended with locks on alias %r; its lock session is closed", task, session.alias)
         session.close()
-        del pool().leased[alias]
+        del pool().leased[session.alias]
+    return bool(leftovers)
 
 
 @atexit.register

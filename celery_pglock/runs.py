@@ -6,14 +6,17 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from celery.exceptions import Ignore
 from django.db import DatabaseError
 
 from celery_pglock import signals, work_connections
-from celery_pglock.claims import Hold
+from celery_pglock.claims import Hold, Refusal
 from celery_pglock.conflicts import CONFLICTS, COPY, FIRST_CONFLICT, TaskConflict, succeeded_before
+from celery_pglock.durations import MaybeSeconds
+from celery_pglock.errors import LockLost
 from celery_pglock.held_back import BrokerRefused, HeldBack, pauses
 from celery_pglock.labels import Owner
 from celery_pglock.locks import advisory
@@ -21,9 +24,18 @@ from celery_pglock.task_options import TaskOptions
 
 logger = logging.getLogger(__name__)
 
-LOOKS = 3
+# How often a lock is tried whose holder has gone by the time of looking.
+ATTEMPTS = 3
 
 Body = Callable[..., Any]
+
+
+class ReplacedEagerly(Ignore):
+    """An eager task replaced itself; carries what stands in for it once the lock is free."""
+
+    def __init__(self, signature: Any) -> None:
+        super().__init__("Replaced by new task")
+        self.signature = signature
 
 
 def held_back_by(request: Any) -> HeldBack | None:
@@ -32,118 +44,154 @@ def held_back_by(request: Any) -> HeldBack | None:
     return found
 
 
-def run(task: Any, options: TaskOptions, body: Body, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+@dataclass(slots=True)
+class Run:
+    """One run of a task: who runs it, and under which lock."""
+
+    task: Any
+    request: Any
+    lock: advisory
+    has_message: bool
+
+    def __str__(self) -> str:
+        return f"Task {self.task.name}[{self.request.id}]"
+
+
+def run(
+    task: Any,
+    options: TaskOptions,
+    body: Body,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    is_direct_call: bool,
+) -> Any:
     """Run the body under the task's lock, or do what its side effect says."""
     request = task.request
     lock = options.lock(args, kwargs)
-    has_message = not request.called_directly and not request.is_eager
-    reuses_connections = task.app.conf.get("CELERY_DB_REUSE_MAX")
-    named = has_message and not reuses_connections
+    this = Run(task, request, lock, has_message=not is_direct_call and not request.is_eager)
+    if not is_direct_call:
+        request.pglock_lock = lock
+    elif vars(request).get("pglock_lock") == lock:
+        # A task that calls itself: its own lock is held already.
+        return body(*args, **kwargs)
+    # With connections that Celery reuses, a name would outlive its task.
+    named = this.has_message and not task.app.conf.get("CELERY_DB_REUSE_MAX")
     with work_connections.named_after(request.id) if named else nullcontext():
         pause = pauses()
         while True:
-            taken = _take_or_look(task, request, lock)
-            if isinstance(taken, Hold):
-                return _run_held(task, request, lock, taken, body, args, kwargs)
-            signals.lock_conflict.send_robust(sender=task, lock=lock, conflict=taken)
             try:
-                return taken.come_back() if taken.is_with_itself else options.effect().on_conflict(taken)
+                outcome = _attempt(this, body, args, kwargs)
+            except ReplacedEagerly as replaced:
+                return replaced.signature.apply().get()
+            if not isinstance(outcome, TaskConflict):
+                return outcome
+            signals.lock_conflict.send_robust(sender=task, lock=lock, conflict=outcome)
+            try:
+                return (
+                    outcome.come_back() if outcome.is_with_itself else options.effect().on_conflict(outcome)
+                )
             except BrokerRefused as refused:
                 logger.warning(
                     "%s waits in place for lock %r, or until the broker takes its retry: %s",
-                    _name(task, request),
+                    this,
                     lock.name,
                     refused,
                 )
                 time.sleep(next(pause))
 
 
-def _take_or_look(task: Any, request: Any, lock: advisory) -> Hold | TaskConflict:
-    # A conflict whose holder has gone by the time of looking is none: it could even have been an earlier
-    # delivery of this message, whose result is not to be replaced.
-    for _ in range(LOOKS - 1):
-        taken = _take(task, request, lock)
-        if isinstance(taken, Hold) or taken.holders:
-            return taken
-    return _take(task, request, lock)
+def _attempt(this: Run, body: Body, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The body's result, or a conflict.
 
-
-def _take(task: Any, request: Any, lock: advisory) -> Hold | TaskConflict:
-    taken = lock.take(Owner(task.name, request.id or "", request.hostname or ""))
-    headers = request.headers or {}
-    if headers.get(COPY) and succeeded_before(task, request):
-        if isinstance(taken, Hold):
-            taken.give_back()
-        raise Ignore("an earlier delivery of this message has succeeded")
-    if isinstance(taken, Hold):
-        return taken
-    now = time.time()
-    return TaskConflict(
-        key=lock.name,
-        reason=taken.reason,
-        waited=taken.waited,
-        look=lock.holders,
-        task=task,
-        request=request,
-        attempt=headers.get(CONFLICTS, 0) + 1,
-        first_attempt=headers.get(FIRST_CONFLICT, now),
-        now=now,
-        lock=lock,
-    )
+    A conflict whose holder has gone by the time of looking is none: it could even have been an earlier
+    delivery of this message, whose result is not to be replaced.
+    """
+    timeout, waited = this.lock.timeout, 0.0
+    for attempts_left in reversed(range(ATTEMPTS)):
+        outcome = _run_held(this, timeout, body, args, kwargs)
+        if not isinstance(outcome, Refusal):
+            return outcome
+        waited += outcome.waited
+        conflict = _conflict(this, outcome.reason, waited)
+        if conflict.holders or not attempts_left:
+            return conflict
+        timeout = 0.0
+    return conflict
 
 
 def _run_held(
-    task: Any,
-    request: Any,
-    lock: advisory,
-    hold: Hold,
-    body: Body,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    this: Run, timeout: MaybeSeconds, body: Body, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
+    """The body's result, or why the lock was not obtained."""
+    task, request = this.task, this.request
+    owner = Owner(task.name, request.id or "", request.hostname or "")
+    hold = this.lock.hold()
     held_back = HeldBack()
     ended_with: BaseException | None = None
     try:
+        refusal = this.lock.fill(hold, owner, timeout)
+        _drop_a_copy_of_what_succeeded(this)
+        if refusal:
+            return refusal
         # A direct call has no request of its own: there is nothing to hang this on, nor to send.
         if not request.called_directly:
             request.pglock_held_back = held_back
-        signals.lock_acquired.send_robust(sender=task, lock=lock, waited=hold.waited)
+        signals.lock_acquired.send_robust(sender=task, lock=this.lock, waited=hold.waited)
         return body(*args, **kwargs)
     except BaseException as error:
         ended_with = error
         raise
     finally:
-        if not request.called_directly:
-            del request.pglock_held_back
-        _finish(task, request, lock, hold, held_back, ended_with)
+        vars(request).pop("pglock_held_back", None)
+        if not hold.is_empty:
+            _finish(this, hold, held_back, ended_with)
 
 
-def _finish(
-    task: Any,
-    request: Any,
-    lock: advisory,
-    hold: Hold,
-    held_back: HeldBack,
-    ended_with: BaseException | None,
-) -> None:
+def _drop_a_copy_of_what_succeeded(this: Run) -> None:
+    if (this.request.headers or {}).get(COPY) and succeeded_before(this.task, this.request):
+        raise Ignore("an earlier delivery of this message has succeeded")
+
+
+def _conflict(this: Run, reason: str, waited: float) -> TaskConflict:
+    headers = this.request.headers or {}
+    now = time.time()
+    return TaskConflict(
+        key=this.lock.name,
+        reason=reason,
+        waited=waited,
+        look=this.lock.holders,
+        task=this.task,
+        request=this.request,
+        attempt=headers.get(CONFLICTS, 0) + 1,
+        first_attempt=headers.get(FIRST_CONFLICT, now),
+        now=now,
+        lock=this.lock,
+        has_message=this.has_message,
+    )
+
+
+def _finish(this: Run, hold: Hold, held_back: HeldBack, ended_with: BaseException | None) -> None:
     # Ignore is how `replace` ends a task that went well: its transaction commits.
     error = None if isinstance(ended_with, Ignore) else ended_with
     try:
         kept = hold.give_back(error)
-    except DatabaseError:
-        # The COMMIT failed: what the body wanted to follow it does not.
-        raise
-    except BaseException:
-        held_back.send_all(_name(task, request))
+    except BaseException as failure:
+        # What the body wanted to follow its COMMIT does not, if that has failed.
+        if hold.is_committed or not isinstance(failure, DatabaseError):
+            held_back.send_all(this.task.app, str(this))
         raise
     if kept:
-        signals.lock_released.send_robust(sender=task, lock=lock, held=time.monotonic() - hold.since)
+        held = time.monotonic() - hold.since
+        signals.lock_released.send_robust(sender=this.task, lock=this.lock, held=held)
     else:
-        reason = "its session ended before the work was done"
-        logger.error("%s ran on without lock %r: %s", _name(task, request), lock.name, reason)
-        signals.lock_lost.send_robust(sender=task, lock=lock, reason=reason)
-    held_back.send_all(_name(task, request))
+        _tell_that_it_was_lost(this, undone=this.lock.xact and error is None)
+    held_back.send_all(this.task.app, str(this))
 
 
-def _name(task: Any, request: Any) -> str:
-    return f"Task {task.name}[{request.id}]"
+def _tell_that_it_was_lost(this: Run, *, undone: bool) -> None:
+    reason = "its session ended before the work was done"
+    logger.error("%s ran on without lock %r: %s", this, this.lock.name, reason)
+    signals.lock_lost.send_robust(sender=this.task, lock=this.lock, reason=reason)
+    if undone:
+        raise LockLost(this.lock.name, "its transaction's connection was closed, and the work rolled back")

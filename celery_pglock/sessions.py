@@ -44,6 +44,8 @@ SESSION_SETTINGS: Final = {
     "tcp_keepalives_count": "3",
 }
 
+TRANSACTION_TIMEOUT_SINCE = 170000
+
 OWN_LOCKS = """
 SELECT objsubid, classid::bigint, objid::bigint FROM pg_locks
 WHERE pid = pg_backend_pid() AND locktype = 'advisory' AND granted AND mode = %s
@@ -58,6 +60,17 @@ def check_vendor(alias: str) -> None:
             f"The database alias {alias!r} is not PostgreSQL but {vendor}: point lock_using, using= or "
             f"CELERY_PGLOCK['USING'] at one that is."
         )
+
+
+def cancel(connection: psycopg.Connection[Any]) -> None:
+    """Cancel what may still run on it, so that no lock is granted later to somebody who has given up; close."""
+    try:
+        if connection.pgconn.transaction_status == TransactionStatus.ACTIVE:
+            connection.cancel_safe(timeout=CANCEL_SECONDS)
+    except psycopg.Error as error:
+        logger.warning("Cancelling a statement that was interrupted failed: %s", error)
+    finally:
+        connection.close()
 
 
 class Refused(Exception):
@@ -96,9 +109,11 @@ class LockSession:
         settings = dict(SESSION_SETTINGS)
         if role := django_connection.settings_dict["OPTIONS"].get("assume_role"):
             settings["role"] = role
-        columns = ", ".join(["set_config(%s, %s, false)"] * len(settings))
         with self._as_django_errors:
             connection = psycopg.connect(**parameters)
+            if connection.info.server_version >= TRANSACTION_TIMEOUT_SINCE:
+                settings["transaction_timeout"] = "0"
+            columns = ", ".join(["set_config(%s, %s, false)"] * len(settings))
             try:
                 connection.execute(f"SELECT {columns}", [text for pair in settings.items() for text in pair])
             except BaseException:
@@ -220,7 +235,9 @@ class LockSession:
             with self._as_django_errors:
                 return self._connection.execute(self._label(self._holdings()) + sql, parameters).fetchall()
         except BaseException:
-            self.abandon()
+            # An error that the server told changes nothing of what the session holds.
+            if self._connection.pgconn.transaction_status != TransactionStatus.IDLE:
+                self.abandon()
             raise
 
     def close(self) -> None:
@@ -230,14 +247,10 @@ class LockSession:
             self._connection.close()
 
     def abandon(self) -> None:
-        """Cancel what may still run, so that no lock is granted later to a session nobody reads; close."""
-        try:
-            if self._connection.pgconn.transaction_status == TransactionStatus.ACTIVE:
-                self._connection.cancel_safe(timeout=CANCEL_SECONDS)
-        except psycopg.Error as error:
-            logger.warning("Cancelling a lock session's statement failed: %s", error)
-        finally:
-            self.close()
+        """Close it at once, whatever it may be doing."""
+        if self.is_ours:
+            cancel(self._connection)
+        self.close()
 
     def _answer(self, statement: Statement, holdings: Sequence[Holding]) -> Any:
         owner = self.owner if holdings else Owner()

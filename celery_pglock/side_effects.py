@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -9,9 +10,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from django.db import DatabaseError
+
 from celery_pglock.durations import Duration, seconds
 from celery_pglock.errors import LockMisuse, LockNotAcquired
 from celery_pglock.holders import Holder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,12 @@ class Conflict:
 
     @cached_property
     def holders(self) -> tuple[Holder, ...]:
-        """Who holds the lock's keys at the moment of the first look; empty if they are gone by then."""
-        return tuple(holder for holder in self.look() if holder.granted)
+        """Who holds the lock's keys at the moment of the first look; empty if they have gone by then."""
+        try:
+            return self.look()
+        except DatabaseError as error:
+            logger.warning("Who holds lock %r could not be read: %s", self.key, error)
+            return ()
 
     def error(self) -> LockNotAcquired:
         """What ``Raise`` raises."""

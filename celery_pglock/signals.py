@@ -22,6 +22,3 @@ lock_released = Signal()
 
 lock_lost = Signal()
 """A lock turned out to be gone before the work was done. Also: ``reason``."""
-
-backend_stopped = Signal()
-"""A backend was cancelled or terminated to clear somebody's way."""

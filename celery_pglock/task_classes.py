@@ -45,16 +45,18 @@ class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs
     """Whether calling the task like a function takes the lock, too."""
 
     _lock_options: ClassVar[Any] = UNSET
-    _runs_at_once: ClassVar[bool] = True
+    _next_call_is_celerys: ClassVar[bool] = True
 
     @classmethod
     def on_bound(cls, app: Any) -> None:
         super().on_bound(app)
         hooks.connect()
         cls._lock_options = UNSET
-        cls._runs_at_once = _next_call_is_celerys(cls)
+        after_ours = cls.__mro__[cls.__mro__.index(AdvisoryTask) + 1 :]
+        cls._next_call_is_celerys = next(base for base in after_ours if "__call__" in vars(base)) is Task
         # An expected outcome: logged in a line, without a traceback.
-        cls.throws = (*(error for error in cls.throws if error is not LockNotAcquired), LockNotAcquired)
+        throws = cls.throws if isinstance(cls.throws, tuple) else (cls.throws,)
+        cls.throws = (*(error for error in throws if error is not LockNotAcquired), LockNotAcquired)
         cls.lock_options()
 
     @classmethod
@@ -72,17 +74,13 @@ class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         options, request = self.lock_options(), self.request
-        unlocked = request.called_directly and not (options and options.on_direct_call)
-        if options is None or unlocked or runs.held_back_by(request):
-            return self._body(request)(*args, **kwargs)
-        return runs.run(self, options, self._body(request), args, kwargs)
-
-    def _body(self, request: Any) -> Any:
-        # Outside of workers Celery's __call__ pushes a copy of the request, in which what the body sets on
-        # the request is lost. Its docs say to call run.
-        if self._runs_at_once and not request.called_directly and not runs.held_back_by(request):
-            return self.run
-        return super().__call__
+        # A task called inside of its own body is given a copy of its request.
+        is_direct_call = request.called_directly or runs.held_back_by(request) is not None
+        # Celery's own __call__ would push a copy of the request, in which what the body sets there is lost.
+        body = self.run if self._next_call_is_celerys and not is_direct_call else super().__call__
+        if options is None or (is_direct_call and not options.on_direct_call):
+            return body(*args, **kwargs)
+        return runs.run(self, options, body, args, kwargs, is_direct_call=is_direct_call)
 
     def lock_for(self, *args: Any, **kwargs: Any) -> advisory:
         """The lock of a call with these arguments, to be asked or taken: it is a value, and takes nothing."""
@@ -100,14 +98,16 @@ class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs
         signature = super().signature_from_request(request, args, kwargs, queue, **options)
         if not request.is_eager:
             # Sent now, it could meet the lock of the very run that sends it.
-            held_back.hold(signature)
+            held_back.divert(signature)
         return signature
 
     def on_replace(self, sig: Any) -> Any:
         held_back = runs.held_back_by(self.request)
-        if held_back is None or self.request.is_eager:
+        if held_back is None:
             return super().on_replace(sig)
-        held_back.later(sig.delay)
+        if self.request.is_eager:
+            raise runs.ReplacedEagerly(sig)
+        held_back.send_later(sig.delay)
         raise Ignore("Replaced by new task")
 
 
@@ -123,8 +123,3 @@ def lock_for(task: Any, /, *args: Any, **kwargs: Any) -> advisory:
     if options is None:
         raise LockMisuse(f"{task.name} is not locked: its base class is not AdvisoryTask.")
     return options.lock(args, kwargs)
-
-
-def _next_call_is_celerys(cls: type[Any]) -> bool:
-    after = cls.__mro__[cls.__mro__.index(AdvisoryTask) + 1 :]
-    return next(base for base in after if "__call__" in vars(base)) is Task

@@ -9,11 +9,11 @@ from enum import Enum
 from string import Formatter
 from typing import Any, Final
 
-from celery_pglock.argument_texts import UnstableText, canonical_text, plain
-from celery_pglock.config import current
+from celery_pglock.argument_texts import MEMORY_ADDRESS, UnstableText, canonical_text, plain
+from celery_pglock.config import check_alias, current
 from celery_pglock.durations import UNSET, seconds
 from celery_pglock.errors import LockMisuse, did_you_mean
-from celery_pglock.locks import advisory
+from celery_pglock.locks import advisory, check_limit
 from celery_pglock.side_effects import Retry, Return, SideEffect, side_effect
 
 OPTIONS: Final = {
@@ -64,19 +64,20 @@ class TaskOptions:
     def effect(self) -> SideEffect:
         """What the task does when its lock is taken."""
         if self.side_effect is not UNSET:
-            return _task_side_effect(self.side_effect, "lock_side_effect")
+            return task_side_effect(self.side_effect, "lock_side_effect")
         default = current().SIDE_EFFECT
-        return Retry() if default is None else _task_side_effect(default, "CELERY_PGLOCK['SIDE_EFFECT']")
+        return Retry() if default is None else task_side_effect(default, "CELERY_PGLOCK['SIDE_EFFECT']")
 
     def lock(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> advisory:
         """The lock of one call; raises TypeError for arguments that the task does not take."""
         settings = current()
         limit = self.limit(*args, **kwargs) if callable(self.limit) else self.limit
+        check_limit(limit, "lock_limit")
         return advisory(
             *self._identifiers(args, kwargs),
             shared=self.shared,
             xact=self.xact,
-            limit=_checked_limit(limit),
+            limit=limit,
             using=settings.USING if self.using is UNSET else self.using,
             timeout=settings.TIMEOUT if self.timeout is UNSET else self.timeout,
         )
@@ -86,6 +87,12 @@ class TaskOptions:
             return [self._text_of_arguments(self._bound(args, kwargs))]
         if callable(self.key):
             identifiers = _several(self.key(*args, **kwargs))
+            for identifier in identifiers:
+                if isinstance(identifier, str) and MEMORY_ADDRESS.search(identifier):
+                    raise LockMisuse(
+                        f"The lock_key of {self.task_name} gave a text that holds a memory address, which is "
+                        f"another one in every process: {identifier}"
+                    )
         elif any(_fields(identifier) for identifier in self.key):
             arguments = self._bound(args, kwargs)
             identifiers = [self._rendered(identifier, arguments) for identifier in self.key]
@@ -141,11 +148,16 @@ def options_of(task: type[Any]) -> TaskOptions:
     limit = given["lock_limit"]
     try:
         if not callable(limit):
-            _checked_limit(limit)
+            check_limit(limit, "lock_limit")
+        for name in ("lock_shared", "lock_xact", "lock_on_direct_call"):
+            if not isinstance(given[name], bool):
+                raise LockMisuse(f"{name} must be True or False, not {given[name]!r}.")
+        if given["lock_using"] is not UNSET:
+            check_alias(given["lock_using"], "lock_using")
         if given["lock_timeout"] is not UNSET:
             _check_wait(task, seconds(given["lock_timeout"], "lock_timeout"))
         if given["lock_side_effect"] is not UNSET:
-            _task_side_effect(given["lock_side_effect"], "lock_side_effect")
+            task_side_effect(given["lock_side_effect"], "lock_side_effect")
     except LockMisuse as misuse:
         raise _wrong(task, str(misuse)) from None
     if given["lock_shared"] and limit != 1:
@@ -155,13 +167,13 @@ def options_of(task: type[Any]) -> TaskOptions:
         signature=signature,
         key=key,
         by=by,
-        shared=bool(given["lock_shared"]),
-        xact=bool(given["lock_xact"]),
+        shared=given["lock_shared"],
+        xact=given["lock_xact"],
         limit=limit,
         timeout=given["lock_timeout"],
         side_effect=given["lock_side_effect"],
         using=given["lock_using"],
-        on_direct_call=bool(given["lock_on_direct_call"]),
+        on_direct_call=given["lock_on_direct_call"],
     )
 
 
@@ -269,14 +281,6 @@ def _several(key: Any) -> list[Any]:
     return list(key) if isinstance(key, list | tuple) and not is_pair else [key]
 
 
-def _checked_limit(limit: Any) -> int:
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise LockMisuse(
-            f"lock_limit must be an int of 1 or more, or a callable that returns one, not {limit!r}."
-        )
-    return limit
-
-
 def _check_wait(task: type[Any], wait: float | None) -> None:
     for name in ("soft_time_limit", "time_limit"):
         limit = getattr(task, name, None)
@@ -287,7 +291,8 @@ def _check_wait(task: type[Any], wait: float | None) -> None:
             )
 
 
-def _task_side_effect(given: object, where: str) -> SideEffect:
+def task_side_effect(given: object, where: str) -> SideEffect:
+    """The side effect as an instance, if a task can have it; ``where`` is what an error calls it."""
     effect = side_effect(given, where)
     if isinstance(effect, Return):
         raise LockMisuse(

@@ -1,14 +1,18 @@
-"""The names that Django's connections carry while a task works on them."""
+"""Django's connections while a task works on them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
 from celery_pglock import labels
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -20,7 +24,7 @@ def named_after(task_id: str) -> Iterator[None]:
     """
     name = labels.application_name(labels.WORK_CONNECTION, task_id)
     before: list[tuple[Any, dict[str, Any]]] = []
-    for connection in connections.all():
+    for connection in _buildable_connections():
         settings = connection.settings_dict
         if connection.vendor == "postgresql" and not settings["OPTIONS"].get("pool"):
             before.append((connection, settings))
@@ -34,3 +38,22 @@ def named_after(task_id: str) -> Iterator[None]:
     finally:
         for connection, settings in before:
             connection.settings_dict = settings
+
+
+def _buildable_connections() -> Iterator[Any]:
+    for alias in connections:
+        # An alias whose driver is missing is none of this task's business.
+        with suppress(ImproperlyConfigured, ImportError):
+            yield connections[alias]
+
+
+def roll_back_what_was_left(task: str) -> None:
+    """Close the connections of this thread that a task left inside of a transaction, ready for the next."""
+    for connection in connections.all(initialized_only=True):
+        if connection.in_atomic_block:
+            logger.warning("%s ended inside of a transaction on alias %r", task, connection.alias)
+            connection.in_atomic_block = False
+            connection.closed_in_transaction = False
+            connection.close()
+            # What else the wrapper remembers of the transaction goes with it.
+            del connections[connection.alias]

@@ -20,7 +20,7 @@ from django.db import connection
 from django.test.utils import override_settings
 
 from celery_pglock.keys import Identifier, Key, key
-from celery_pglock.pool import pool
+from celery_pglock.pool import close_leftovers, pool
 
 PATIENCE = 20.0
 
@@ -100,6 +100,7 @@ def _no_lock_survives_a_test(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "transactional_db" in request.fixturenames:
         leased = [session for session in pool().leased.values() if not session.holds_nothing]
+        close_leftovers("the test")
         assert not leased, "the test leaves locks behind"
 
 

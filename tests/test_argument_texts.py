@@ -1,6 +1,7 @@
 """The one text that an argument has in a key."""
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum, IntEnum
@@ -21,6 +22,11 @@ class Colour(Enum):
 
 class Size(IntEnum):
     BIG = 3
+
+
+@dataclass(frozen=True)
+class Box:
+    items: frozenset[str]
 
 
 class Order(BaseModel):
@@ -55,6 +61,9 @@ class Order(BaseModel):
         (lazystr("later"), '"later"'),
         (Order(number=1), '{"lines": [], "number": 1}'),
         (complex(1, 2), "(1+2j)"),
+        (Box(frozenset("ba")), 'Box({"items": set("a", "b")})'),
+        (Decimal("123456789.123456789123456789123456789"), "Decimal(123456789.123456789123456789123456789)"),
+        (Decimal("NaN"), "Decimal(NaN)"),
     ],
 )
 def test_the_canonical_text_of_a_value(value, text):

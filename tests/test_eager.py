@@ -1,15 +1,27 @@
 """Tasks in eager mode and as direct calls."""
 
 import pytest
-from celery import states
+from celery import states, uuid
+from celery.app.trace import build_tracer
 from celery.exceptions import Retry as RetryLater
 from django.core.management import call_command
 from django.db import connection
 from django.test import TestCase
 
-from celery_pglock import AdvisoryTask, LockNotAcquired, SideEffect, XactAdvisoryTask, advisory, signals
+from celery_pglock import (
+    AdvisoryTask,
+    LockLost,
+    LockNotAcquired,
+    LockNotHeld,
+    Raise,
+    SideEffect,
+    XactAdvisoryTask,
+    advisory,
+    signals,
+)
 from celery_pglock.testing import held_elsewhere
 from tests.celery_app import app
+from tests.conftest import wait_until
 from tests.models import Entry
 from tests.worker_tasks import (
     fails,
@@ -85,6 +97,44 @@ class TestEager:
     def test_a_task_that_replaces_itself_re_enters_its_lock(self):
         assert replaces_itself.apply(["k"]).get() == "done"
         assert bodies("k") == 2
+
+    def test_a_transaction_level_task_is_replaced_after_its_commit(self):
+        @app.task(shared=False, base=XactAdvisoryTask, bind=True, lock_key="k")
+        def replaced(self):
+            return self.replace(in_transaction.s("k"))
+
+        assert replaced.apply().get() == "done"
+
+    def test_a_transaction_level_task_that_loses_its_connection_fails(self):
+        @app.task(shared=False, base=XactAdvisoryTask, lock_key="k")
+        def closes():
+            Entry.objects.create(key="k", task_id="", what="begins")
+            connection.close()
+
+        assert isinstance(closes.apply().result, LockLost)
+        assert bodies("k") == 0
+
+    def test_the_transaction_of_a_task_is_named_after_it(self, rival):
+        @app.task(shared=False, base=XactAdvisoryTask, lock_key="50% */ off")
+        def looks():
+            (holder,) = looks.lock_for().holders()
+            return holder.task_name, holder.task_id, holder.key
+
+        assert looks.apply(task_id="an-id").get() == (looks.name, "an-id", "50% */ off")
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW application_name")
+            assert cursor.fetchone() == ("",)
+
+    def test_looking_again_does_not_wait_again(self, monkeypatch):
+        monkeypatch.setattr("celery_pglock.locks.advisory.holders", lambda _: ())
+
+        @app.task(shared=False, base=AdvisoryTask, lock_key="k", lock_timeout=0.5, lock_side_effect=Raise())
+        def waits():
+            pass
+
+        with held_elsewhere("k"):
+            error = waits.apply().result
+        assert 0.5 <= error.waited < 1
 
     def test_always_eager_works_the_same(self):
         app.conf.task_always_eager = True
@@ -209,8 +259,52 @@ class TestEager:
         assert not name.startswith("celery:")
 
 
+class TestInTheTracerOfAWorker:
+    def trace(self, task, *args):
+        return build_tracer(task.name, task, app=app)(
+            uuid(), args, {}, {"delivery_info": {}, "ignore_result": True}
+        )
+
+    def test_a_lock_of_the_processs_own_outlives_its_tasks(self, rival):
+        assert advisory("process").acquire()
+        self.trace(skips, "k")
+        assert not rival.could_take("process")
+        advisory("process").release()
+
+    def test_what_a_task_leaves_behind_is_closed_and_forgotten(self, rival, caplog):
+        @app.task(shared=False, base=AdvisoryTask, lock_key="k")
+        def leaks():
+            advisory("leaked").acquire()
+
+        self.trace(leaks)
+        wait_until(lambda: rival.could_take("leaked"))
+        assert "ended with locks" in caplog.text
+        with pytest.raises(LockNotHeld):
+            advisory("leaked").release()
+
+    def test_a_class_that_goes_around_the_lock_is_told(self, rival, caplog):
+        class Around(AdvisoryTask):
+            def __call__(self, *args, **kwargs):
+                return self.run(*args, **kwargs)
+
+        @app.task(shared=False, base=Around, lock_key="k")
+        def unlocked():
+            pass
+
+        self.trace(unlocked)
+        assert "did not take its lock: its class overrides __call__" in caplog.text
+
+
 @pytest.mark.usefixtures("rival")
 class TestDirectCalls:
+    def test_inside_of_the_tasks_own_body_they_lock_what_is_not_locked_yet(self, rival):
+        @app.task(shared=False, base=AdvisoryTask, lock_key="{number}", lock_on_direct_call=True)
+        def calls_itself(number):
+            return [bool(rival.sees_held(str(number))), *(calls_itself(number - 1) if number else [])]
+
+        assert calls_itself.apply([2]).get() == [True, True, True]
+        assert calls_itself(2) == [True, True, True]
+
     def test_they_do_not_lock(self):
         @app.task(shared=False, base=AdvisoryTask, lock_key="k")
         def direct():

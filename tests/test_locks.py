@@ -1,5 +1,6 @@
 """Advisory locks: taken, waited for, given back, asked about."""
 
+import asyncio
 import copy
 import pickle
 import threading
@@ -7,7 +8,8 @@ import time
 from datetime import timedelta
 
 import pytest
-from django.db import OperationalError, connection, transaction
+from django.core.exceptions import SynchronousOnlyOperation
+from django.db import DataError, OperationalError, connection, transaction
 
 from celery_pglock import (
     LockLost,
@@ -22,6 +24,7 @@ from celery_pglock import (
     advisory,
 )
 from celery_pglock.keys import key
+from celery_pglock.pool import pool
 from tests.conftest import wait_until
 
 KEYS = ["text", 7, (1, -2), -5]
@@ -109,9 +112,9 @@ def test_waiting_ends_when_the_lock_is_free(rival, timeout):
 
 
 def test_an_unset_timeout_keeps_the_lock_timeout_in_force(rival):
-    role = connection.settings_dict["USER"]
+    database = connection.settings_dict["NAME"]
     rival.take("taken")
-    rival.connection.execute(f'ALTER ROLE "{role}" SET lock_timeout = 100')
+    rival.connection.execute(f'ALTER DATABASE "{database}" SET lock_timeout = 100')
     try:
         assert not advisory("taken").acquire()
         assert not advisory("taken", limit=1).acquire()
@@ -123,7 +126,8 @@ def test_an_unset_timeout_keeps_the_lock_timeout_in_force(rival):
             assert not advisory("taken", xact=True).acquire()
             assert not advisory("taken", limit=2, xact=True).acquire()
     finally:
-        rival.connection.execute(f'ALTER ROLE "{role}" RESET lock_timeout')
+        rival.connection.execute(f'ALTER DATABASE "{database}" RESET lock_timeout')
+        connection.close()
 
 
 def test_the_timeout_covers_all_keys_together(rival):
@@ -252,6 +256,33 @@ def test_releasing_what_is_not_held_is_an_error(rival):
         advisory("by hand", timeout=0).release()
 
 
+def test_what_was_acquired_by_hand_is_not_released_by_a_block(rival):
+    lock = advisory("k", timeout=0)
+    rival.take("k")
+    with lock as acquired:
+        assert not acquired
+        rival.give_back("k")
+        assert lock.acquire()
+    assert not rival.could_take("k")
+    lock.release()
+    assert rival.could_take("k")
+    with pytest.raises(LockNotHeld), lock:
+        lock.release()
+
+
+def test_coroutines_which_share_a_thread_cannot_take_locks(transactional_db):
+    async def take():
+        with advisory("k"):
+            pass
+
+    async def ask():
+        return advisory("k").is_held()
+
+    for coroutine in (take, ask):
+        with pytest.raises(SynchronousOnlyOperation, match="sync_to_async"):
+            asyncio.run(coroutine())
+
+
 def test_raise_raises_with_the_holder(rival):
     rival.take("taken")
     with pytest.raises(LockNotAcquired) as refused, advisory("taken", timeout=0, side_effect=Raise):
@@ -310,6 +341,7 @@ def test_a_side_effect_of_your_own_decides(rival):
         (lambda: advisory("x", shared=True, limit=2), "not both"),
         (lambda: advisory("x", limit=0), "limit must be"),
         (lambda: advisory("x", limit=True), "limit must be"),
+        (lambda: advisory(*range(257)), "257 lock ids at once are too many"),
         (lambda: advisory("x", timeout=-1), "timeout must be"),
         (lambda: advisory("x", xact=True).acquire(), "needs an open transaction"),
         (lambda: advisory("x", xact=True).release(), "ends with its transaction"),
@@ -367,6 +399,19 @@ class TestTransactionLevel:
     def test_inside_a_transaction_it_is_refused(self, transactional_db):
         with transaction.atomic(), pytest.raises(RuntimeError, match="is open already"):
             advisory("books", xact=True).__enter__()
+
+    def test_a_transaction_that_cannot_begin_tells_its_own_reason(self, rival, monkeypatch):
+        def refuse():
+            raise RuntimeError("as asked")
+
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="as asked"):
+            patched.setattr(connection, "get_autocommit", refuse)
+            advisory("books", xact=True).__enter__()
+
+    def test_closing_its_connection_loses_it(self, rival):
+        with pytest.raises(LockLost), advisory("books", xact=True):
+            connection.close()
+            assert rival.could_take("books")
 
     def test_a_decorator_opens_a_transaction(self, rival):
         @advisory("books", xact=True)
@@ -460,8 +505,6 @@ class TestLosing:
             assert acquired
 
     def test_an_unlock_that_postgresql_denies_is_told(self, rival):
-        from celery_pglock.pool import pool
-
         with pytest.raises(LockLost), advisory("gone"):
             pool().leased["default"].rows("SELECT pg_advisory_unlock_all()::text", [])
 
@@ -470,6 +513,12 @@ class TestLosing:
             self.terminate(rival)
             raise ValueError("body")
         assert "lock 'gone' was lost before its body failed" in caplog.text
+
+    def test_a_look_that_fails_loses_nothing(self, rival):
+        with advisory("kept"):
+            with pytest.raises(DataError):
+                pool().leased["default"].rows("SELECT 1 / 0", [])
+            assert not rival.could_take("kept")
 
     def test_nothing_is_taken_on_top_of_a_lost_lock(self, rival):
         with pytest.raises(LockLost), advisory("gone"):

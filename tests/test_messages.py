@@ -13,9 +13,11 @@ from tests.conftest import running_worker, wait_until
 from tests.models import Entry, most_at_once
 from tests.worker_tasks import (
     acks_late,
+    replaces_itself_with_what_nobody_could_send,
     retries,
     retries_itself,
     retries_with_what_no_message_holds,
+    retries_with_wrong_arguments,
     skips,
     without_result,
 )
@@ -126,8 +128,16 @@ class TestABrokerThatRefuses:
         assert count("k") == 2
 
 
-def test_a_retry_that_cannot_be_encoded_is_celerys_own_rejection(worker, rival):
-    result = retries_with_what_no_message_holds.delay("k")
-    wait_until(lambda: f"[{result.id}]" in worker.log and "not JSON serializable" in worker.log)
+@pytest.mark.parametrize("task", [retries_with_what_no_message_holds, retries_with_wrong_arguments])
+def test_a_retry_that_nobody_could_send_is_celerys_own_rejection(worker, rival, task):
+    result = task.delay("k")
+    wait_until(lambda: result.state == states.FAILURE)
+    assert f"[{result.id}] waits in place" not in worker.log
     assert not rival.sees_held("k")
     assert skips.delay("k").get(timeout=10) == "done"
+
+
+def test_a_replacement_that_nobody_could_send_fails_the_task(worker, rival):
+    with pytest.raises(TypeError, match="missing 1 required"):
+        replaces_itself_with_what_nobody_could_send.delay("k").get(timeout=10)
+    assert not rival.sees_held("k")

@@ -13,6 +13,7 @@ from celery_pglock import LockLost, LockNotAcquired, Raise, advisory
 from celery_pglock.labels import Owner
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.sessions import LockSession
+from celery_pglock.work_connections import roll_back_what_was_left
 from tests.conftest import LOCK_SESSIONS, Rival, wait_until
 
 
@@ -267,7 +268,7 @@ class TestInterrupts:
     @pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     @pytest.mark.usefixtures("pooled")
-    def test_random_interrupts_leak_nothing(self, rival, interrupt):
+    def test_random_interrupts_leave_nothing_that_the_backstop_does_not_find(self, rival, interrupt):
         started = time.monotonic()
         interrupted = 0
         while time.monotonic() - started < 5:
@@ -284,6 +285,49 @@ class TestInterrupts:
         pool().close_idle()
         gc.collect()
         wait_until(lambda: not rival.ask(LOCK_SESSIONS))
+
+    def test_an_interrupted_wait_in_a_transaction_leaves_no_ghost_either(self, rival, interrupt):
+        rival.take("taken")
+        interrupt(0.3)
+        with pytest.raises(Interrupted):
+            advisory("taken", xact=True).__enter__()
+        assert not rival.sees_held("taken", granted=False)
+        with advisory("other", xact=True) as acquired:
+            assert acquired
+
+
+def test_garbage_that_gives_a_lock_back_does_not_deadlock_the_pool(rival, pooled):
+    def generator():
+        with advisory("k"):
+            yield
+
+    suspended = generator()
+    next(suspended)
+    with pool()._lock:
+        del suspended
+        gc.collect()
+    assert rival.could_take("k")
+
+
+def test_a_thread_that_cannot_be_started_costs_the_idle_session_only(rival, pooled, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    with advisory("k"):
+        pass
+    wait_until(lambda: rival.ask(LOCK_SESSIONS) == 0)
+
+
+def test_a_transaction_that_a_task_left_open_is_rolled_back(rival, caplog):
+    connection.ensure_connection()
+    hold = advisory("k", xact=True).take()
+    connection.close()
+    roll_back_what_was_left("Task x[1]")
+    assert "Task x[1] ended inside of a transaction on alias 'default'" in caplog.text
+    with advisory("k", xact=True) as acquired:
+        assert acquired
+    del hold
 
 
 def test_a_backstop_closes_what_a_task_left_behind(rival, caplog):
@@ -305,16 +349,21 @@ def test_a_session_is_built_from_the_settings_of_its_alias(rival, monkeypatch):
     session.close()
 
 
-def test_a_role_with_timeouts_does_not_end_a_lock(rival):
-    role = connection.settings_dict["USER"]
-    rival.connection.execute(f'ALTER ROLE "{role}" SET idle_session_timeout = 200')
-    rival.connection.execute(f'ALTER ROLE "{role}" SET statement_timeout = 200')
+def test_timeouts_of_the_database_do_not_end_a_lock(rival):
+    database = connection.settings_dict["NAME"]
+    timeouts = ["idle_session_timeout", "statement_timeout"]
+    if rival.connection.info.server_version >= 170000:
+        timeouts.append("transaction_timeout")
+    for timeout in timeouts:
+        rival.connection.execute(f'ALTER DATABASE "{database}" SET {timeout} = 200')
+    rival.take("taken")
     try:
         with advisory("long"):
             time.sleep(0.5)
+            assert not advisory("taken", timeout=0.5).acquire()
             assert not rival.could_take("long")
     finally:
-        rival.connection.execute(f'ALTER ROLE "{role}" RESET ALL')
+        rival.connection.execute(f'ALTER DATABASE "{database}" RESET ALL')
 
 
 def test_labels_name_the_task_to_everybody_who_may_read_them(rival, pglock_settings):

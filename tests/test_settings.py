@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from celery_pglock import LockMisuse, config
+from celery_pglock import LockMisuse, Return, config
 from celery_pglock.checks import settings_can_work, tasks_can_work
 from celery_pglock.durations import milliseconds, seconds
 
@@ -33,6 +33,25 @@ def test_a_setting_that_is_not_built_yet_is_refused(pglock_settings):
     pglock_settings(LEASE=30)
     with pytest.raises(LockMisuse, match="not available in this version"):
         config.current()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"TIMEOUT": "5"}, "TIMEOUT"),
+        ({"TIMEOUT": -1}, "TIMEOUT"),
+        ({"SIDE_EFFECT": "Skip"}, "SIDE_EFFECT"),
+        ({"SIDE_EFFECT": Return}, "SIDE_EFFECT"),
+        ({"ENABLED": "False"}, "must be True or False"),
+        ({"SHOW_NAMES": 1}, "must be True or False"),
+        ({"USING": "lock"}, "not in DATABASES. Did you mean 'locks'"),
+        ({"USING": "sqlite"}, "not PostgreSQL"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_found_by_the_check(pglock_settings, values, message):
+    pglock_settings(**values)
+    (found,) = settings_can_work()
+    assert message in found.msg
 
 
 def test_settings_that_are_no_dict_are_refused(settings):

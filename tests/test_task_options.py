@@ -138,6 +138,15 @@ class TestKeys:
         with pytest.raises(LockMisuse, match=r"The argument 'a' of .* holds a memory address"):
             f.lock_for(object())
 
+    def test_an_unstable_text_of_a_callable_is_refused(self, app):
+        @app.task(base=AdvisoryTask, lock_key=lambda a: f"x:{a}")
+        def f(a):
+            pass
+
+        assert names(f, 1) == {"x:1"}
+        with pytest.raises(LockMisuse, match="another one in every process"):
+            f.lock_for(object())
+
     def test_a_keyword_that_is_missing_is_told(self, app):
         @app.task(base=AdvisoryTask, lock_key="{tenant}")
         def f(**values):
@@ -282,6 +291,12 @@ class TestOptions:
 
         assert f.throws == (KeyError, LockNotAcquired)
 
+        @app.task(base=AdvisoryTask, throws=KeyError)
+        def single():
+            pass
+
+        assert single.throws == (KeyError, LockNotAcquired)
+
     def test_djangos_task_stays(self, app):
         @app.task(base=AdvisoryTask)
         def f():
@@ -332,6 +347,10 @@ MISUSES = [
     ({"lock_side_effect": "Skip"}, "must be a side effect"),
     ({"lock_on_lost": "fail"}, "lock_on_lost is not available"),
     ({"lock_strict": True}, "lock_strict is not available"),
+    ({"lock_xact": "no"}, "lock_xact must be True or False"),
+    ({"lock_shared": 1}, "lock_shared must be True or False"),
+    ({"lock_on_direct_call": None}, "lock_on_direct_call must be True or False"),
+    ({"lock_using": "lock"}, "not in DATABASES. Did you mean 'locks'"),
     ({"lock_priority": 1}, "lock_priority is not available"),
 ]
 

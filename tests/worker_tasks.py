@@ -232,3 +232,13 @@ def without_result(self, key, seconds=0.0):
 @app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip(result="skipped"))
 def retries_with_what_no_message_holds(self, key):
     raise self.retry(kwargs={"key": object()})
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip(result="skipped"))
+def retries_with_wrong_arguments(self, key):
+    raise self.retry(args=[1, 2, 3])
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip(result="skipped"))
+def replaces_itself_with_what_nobody_could_send(self, key):
+    return self.replace(skips.s())
