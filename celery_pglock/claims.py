@@ -223,7 +223,10 @@ class Claim:
             if (interrupted := connections[self.using].connection) is not None:
                 cancel(interrupted)
             raise
-        return None if answer else TAKEN
+        if not answer:
+            return TAKEN
+        hold.keys = self.keys
+        return None
 
     def _labelled(self, statement: Statement, owner: Owner) -> tuple[str, list[int | str]]:
         """The statement with what tells a task's transaction from others, to the end of the transaction."""

@@ -24,6 +24,10 @@ from django.db.utils import OperationalError
 class LockError(Exception):
     """The root of every error that this package raises of its own."""
 
+    def __repr__(self) -> str:
+        # Celery logs an error by its repr.
+        return f"{type(self).__name__}({str(self)!r})"
+
 
 class LockNotAcquired(LockError, OperationalError):
     """The lock is held by somebody else, and waiting for it ended or was not asked for.

@@ -52,7 +52,7 @@ class Holder:
             words.append(f"[{self.task_id}]")
         if self.worker:
             words.append(f"on {self.worker}")
-        words.append(f"(pid {self.pid}{', shared' if self.shared else ''}")
+        words.append(f"(backend {self.pid}{', shared' if self.shared else ''}")
         words[-1] += f", since {self.since:%Y-%m-%d %H:%M:%S %Z})" if self.since else ")"
         return " ".join(words)
 

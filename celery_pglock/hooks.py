@@ -7,7 +7,8 @@ from typing import Any
 
 from celery import signals, states
 
-from celery_pglock import work_connections
+from celery_pglock import config, work_connections
+from celery_pglock.errors import LockMisuse
 from celery_pglock.locks import forget_what_was_left
 from celery_pglock.pool import close_leftovers, pool
 
@@ -16,17 +17,21 @@ logger = logging.getLogger(__name__)
 
 def connect() -> None:
     """Connect the hooks; doing it again changes nothing."""
-    signals.worker_init.connect(_refuse_eventlet, dispatch_uid="celery_pglock.worker_init")
+    signals.worker_init.connect(_refuse_what_cannot_work, dispatch_uid="celery_pglock.worker_init")
     signals.task_prerun.connect(_note_what_is_held, dispatch_uid="celery_pglock.task_prerun")
     signals.task_postrun.connect(_leave_nothing_behind, dispatch_uid="celery_pglock.task_postrun")
     signals.worker_process_shutdown.connect(_close_idle, dispatch_uid="celery_pglock.worker_process_shutdown")
     signals.worker_shutdown.connect(_close_idle, dispatch_uid="celery_pglock.worker_shutdown")
 
 
-def _refuse_eventlet(sender: Any = None, **_: Any) -> None:
+def _refuse_what_cannot_work(sender: Any = None, **_: Any) -> None:
+    # SystemExit, because Celery only logs any other exception of a receiver.
+    try:
+        config.current()
+    except LockMisuse as misuse:
+        raise SystemExit(str(misuse)) from None
     implementation = getattr(sender, "pool_cls", "")
     if "eventlet" in (getattr(implementation, "__module__", "") or str(implementation)):
-        # SystemExit, because Celery only logs any other exception of a receiver.
         raise SystemExit(
             "celery_pglock does not work with the eventlet pool: waiting for PostgreSQL would block every "
             "other task. Use --pool=gevent, prefork, threads or solo."

@@ -137,7 +137,8 @@ def _run_held(
         # A direct call has no request of its own: there is nothing to hang this on, nor to send.
         if not request.called_directly:
             request.pglock_held_back = held_back
-        signals.lock_acquired.send_robust(sender=task, lock=this.lock, waited=hold.waited)
+        if hold.keys:
+            signals.lock_acquired.send_robust(sender=task, lock=this.lock, waited=hold.waited)
         return body(*args, **kwargs)
     except BaseException as error:
         ended_with = error
@@ -181,10 +182,10 @@ def _finish(this: Run, hold: Hold, held_back: HeldBack, ended_with: BaseExceptio
         if hold.is_committed or not isinstance(failure, DatabaseError):
             held_back.send_all(this.task.app, str(this))
         raise
-    if kept:
+    if kept and hold.keys:
         held = time.monotonic() - hold.since
         signals.lock_released.send_robust(sender=this.task, lock=this.lock, held=held)
-    else:
+    elif not kept:
         _tell_that_it_was_lost(this, undone=this.lock.xact and error is None)
     held_back.send_all(this.task.app, str(this))
 

@@ -63,7 +63,7 @@ def check_vendor(alias: str) -> None:
 
 
 def cancel(connection: psycopg.Connection[Any]) -> None:
-    """Cancel what may still run on it, so that no lock is granted later to somebody who has given up; close."""
+    """Close it, and cancel what it still runs: a lock could be granted later to somebody who gave up."""
     try:
         if connection.pgconn.transaction_status == TransactionStatus.ACTIVE:
             connection.cancel_safe(timeout=CANCEL_SECONDS)

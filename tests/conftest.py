@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from django.conf import settings
 from django.core import mail
 from django.db import connection
 from django.test.utils import override_settings
@@ -23,6 +24,12 @@ from celery_pglock.keys import Identifier, Key, key
 from celery_pglock.pool import close_leftovers, pool
 
 PATIENCE = 20.0
+
+
+def pytest_configure() -> None:
+    if not settings.CELERY_BROKER_URL.startswith("redis"):
+        pytest.exit("The tests need a Redis: name one in CELERY_BROKER_URL, or install redis-server.", 4)
+
 
 LOCK_SESSIONS = (
     "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pglock%%'"
@@ -191,7 +198,6 @@ def worker(_shared_worker: Worker, transactional_db: None) -> Worker:
 def pglock_settings() -> Iterator[Callable[..., Any]]:
     """Sets keys of CELERY_PGLOCK for one test."""
     with override_settings():
-        from django.conf import settings
 
         def change(**values: Any) -> None:
             settings.CELERY_PGLOCK = {**settings.CELERY_PGLOCK, **values}

@@ -1,5 +1,6 @@
 """The Django settings of the tests and of the workers that they start."""
 
+import json
 import os
 
 import dj_database_url
@@ -29,4 +30,4 @@ CELERY_RESULT_EXTENDED = True
 CELERY_TASK_TRACK_STARTED = True
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1
 
-CELERY_PGLOCK: dict[str, object] = {}
+CELERY_PGLOCK: dict[str, object] = json.loads(os.environ.get("PGLOCK_SETTINGS", "{}"))

@@ -249,9 +249,20 @@ class TestEager:
         assert "ran on without lock 'k'" in caplog.text
 
     def test_a_disabled_lock_is_no_conflict(self, pglock_settings):
+        told = []
+
+        def note(**_):
+            told.append("acquired or released")
+
+        signals.lock_acquired.connect(note)
+        signals.lock_released.connect(note)
         pglock_settings(ENABLED=False)
         with held_elsewhere("k"):
             assert skips.apply(["k"]).get() == "done"
+            assert in_transaction.apply(["k"]).get() == "done"
+        signals.lock_acquired.disconnect(note)
+        signals.lock_released.disconnect(note)
+        assert not told
 
     def test_connections_are_not_renamed(self, rival):
         connection.ensure_connection()

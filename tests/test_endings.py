@@ -152,6 +152,22 @@ def test_eventlet_is_refused_at_worker_start(rival):
             pass
 
 
+def test_a_misspelt_setting_is_refused_at_worker_start(rival):
+    with (
+        pytest.raises(AssertionError, match="CELERY_PGLOCK has no key 'TIMOUT'"),
+        running_worker("misspelt-setting", PGLOCK_SETTINGS='{"TIMOUT": 1}'),
+    ):
+        pass
+
+
+def test_a_misspelt_option_is_refused_at_worker_start(rival):
+    with (
+        pytest.raises(AssertionError, match="there is no option 'lock_kei'"),
+        running_worker("misspelt-option", MISSPELT_OPTION="1"),
+    ):
+        pass
+
+
 def test_idle_children_keep_one_session_each_and_close_it(rival, worker):
     results = [skips.delay(f"key {number}", 0.05) for number in range(40)]
     for result in results:

@@ -28,6 +28,7 @@ def test_not_acquired_tells_the_lock_the_wait_and_the_holders():
     assert str(ERRORS[0]) == (
         "lock 'invoice:7' was not acquired after waiting 2.00 s: lock_timeout ran out; held by task a (pid 1)"
     )
+    assert repr(ERRORS[0]) == f"LockNotAcquired({str(ERRORS[0])!r})"
     assert str(LockNotAcquired("x")) == "lock 'x' was not acquired without waiting: it is taken"
 
 

@@ -289,7 +289,7 @@ def test_raise_raises_with_the_holder(rival):
         pass
     assert refused.value.lock == "taken"
     pid = rival.ask("SELECT pg_backend_pid()")
-    assert f"(pid {pid})" in str(refused.value)
+    assert f"(backend {pid})" in str(refused.value)
 
 
 def test_a_decorator_locks_by_the_functions_name(rival):

@@ -147,6 +147,15 @@ class TestKeys:
         with pytest.raises(LockMisuse, match="another one in every process"):
             f.lock_for(object())
 
+    def test_a_format_that_does_not_fit_the_value_is_told_with_the_template(self, app):
+        @app.task(base=AdvisoryTask, lock_key="{when:%Y}-{n:d}")
+        def f(when, n):
+            pass
+
+        assert names(f, EASTER, 1) == {"2026-1"}
+        with pytest.raises(LockMisuse, match="cannot be filled"):
+            f.lock_for(EASTER, "1")
+
     def test_a_keyword_that_is_missing_is_told(self, app):
         @app.task(base=AdvisoryTask, lock_key="{tenant}")
         def f(**values):

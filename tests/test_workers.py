@@ -83,7 +83,7 @@ class TestSkip:
         assert count("k") == 0
         pid = rival.ask("SELECT pg_backend_pid()")
         wait_until(lambda: f"[{result.id}] skipped: lock 'k' is held by" in worker.log)
-        assert f"(pid {pid}" in worker.log
+        assert f"(backend {pid}" in worker.log
 
     def test_a_chain_of_three_with_one_key_runs_all_three(self):
         assert chain(skips.si("k"), skips.si("k"), skips.si("k"))().get(timeout=10) == "done"
@@ -127,7 +127,7 @@ class TestRaise:
     def test_it_is_a_failure_with_the_holder_and_without_a_traceback_in_the_log(self, rival, worker):
         rival.take("k")
         result = raises.delay("k")
-        with pytest.raises(LockNotAcquired, match=r"lock 'k' was not acquired without waiting.*\(pid"):
+        with pytest.raises(LockNotAcquired, match=r"lock 'k' was not acquired without waiting.*\(backend"):
             result.get(timeout=10)
         assert count("k") == 0
         wait_until(lambda: f"[{result.id}] raised expected: LockNotAcquired" in worker.log)
@@ -249,7 +249,7 @@ class TestNames:
         assert work_connection == f"celery:{task_id}"
         assert len(holders) == 1
         assert holders[0].startswith(
-            f"tests.worker_tasks.tells_application_names [{task_id}] on celery@test (pid"
+            f"tests.worker_tasks.tells_application_names [{task_id}] on celery@test (backend"
         )
 
     def test_a_holder_is_told_to_others(self, rival):

@@ -1,5 +1,6 @@
 """Tasks that tests send to real workers; each writes into the journal when its body begins and ends."""
 
+import os
 import time
 
 from celery import Task
@@ -242,3 +243,10 @@ def retries_with_wrong_arguments(self, key):
 @app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip(result="skipped"))
 def replaces_itself_with_what_nobody_could_send(self, key):
     return self.replace(skips.s())
+
+
+if os.environ.get("MISSPELT_OPTION"):
+
+    @app.task(base=AdvisoryTask, lock_kei="x")
+    def misspelt():
+        pass
