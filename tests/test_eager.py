@@ -14,6 +14,7 @@ from celery_pglock import (
     LockNotAcquired,
     LockNotHeld,
     Raise,
+    Retry,
     SideEffect,
     XactAdvisoryTask,
     advisory,
@@ -135,6 +136,16 @@ class TestEager:
         with held_elsewhere("k"):
             error = waits.apply().result
         assert 0.5 <= error.waited < 1
+
+    def test_a_retry_is_never_later_than_a_quarter_of_the_visibility_timeout(self, monkeypatch):
+        @app.task(shared=False, base=AdvisoryTask, lock_key="k", lock_side_effect=Retry(60, jitter=False))
+        def late():
+            pass
+
+        for timeout, expected in ((None, 60), (3600, 60), (8, 2)):
+            monkeypatch.setitem(app.conf.broker_transport_options, "visibility_timeout", timeout)
+            with held_elsewhere("k"):
+                assert late.apply().result.when == expected
 
     def test_always_eager_works_the_same(self):
         app.conf.task_always_eager = True
