@@ -49,13 +49,8 @@ class Hold:
     keys: tuple[Key, ...] = ()
     session: LockSession | None = None
     transaction: Any = None
-    is_committed: bool = False
     waited: float = 0.0
     since: float = 0.0
-
-    @property
-    def is_empty(self) -> bool:
-        return self.session is None and self.transaction is None
 
     def open_transaction(self) -> None:
         """Open the durable transaction that will keep a transaction-level lock."""
@@ -71,10 +66,6 @@ class Hold:
                 "A transaction-level lock opens a transaction of its own, and one is open already: use "
                 "advisory(..., xact=True).acquire() inside of it, or run the task outside of it."
             ) from error
-        transaction.on_commit(self._note_commit, using=self.using)
-
-    def _note_commit(self) -> None:
-        self.is_committed = True
 
     def give_back(self, error: BaseException | None = None) -> bool:
         """End the transaction, or unlock; answers whether the lock had been kept until here."""

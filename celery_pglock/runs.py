@@ -145,8 +145,7 @@ def _run_held(
         raise
     finally:
         vars(request).pop("pglock_held_back", None)
-        if not hold.is_empty:
-            _finish(this, hold, held_back, ended_with)
+        _finish(this, hold, held_back, ended_with)
 
 
 def _drop_a_copy_of_what_succeeded(this: Run) -> None:
@@ -179,7 +178,7 @@ def _finish(this: Run, hold: Hold, held_back: HeldBack, ended_with: BaseExceptio
         kept = hold.give_back(error)
     except BaseException as failure:
         # What the body wanted to follow its COMMIT does not, if that has failed.
-        if hold.is_committed or not isinstance(failure, DatabaseError):
+        if not isinstance(failure, DatabaseError):
             held_back.send_all(this.task.app, str(this))
         raise
     if kept and hold.keys:

@@ -16,6 +16,7 @@ from tests.worker_tasks import (
     hard_limited,
     leaves,
     retries,
+    retries_itself,
     skips,
     soft_limited,
     soft_limited_while_waiting,
@@ -150,6 +151,12 @@ def test_eventlet_is_refused_at_worker_start(rival):
     with pytest.raises(AssertionError, match="does not work with the eventlet pool"):  # noqa: SIM117
         with running_worker("eventlet", pool="eventlet"):
             pass
+
+
+def test_without_locks_a_tasks_own_retry_is_still_sent(rival):
+    with running_worker("disabled", PGLOCK_SETTINGS='{"ENABLED": false}') as worker:
+        rival.take("k")
+        assert retries_itself.apply_async(["k"], queue=worker.queue).get(timeout=10) == "done"
 
 
 def test_a_misspelt_setting_is_refused_at_worker_start(rival):
