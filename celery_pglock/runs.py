@@ -51,7 +51,11 @@ class Run:
     task: Any
     request: Any
     lock: advisory
-    has_message: bool
+    is_direct_call: bool
+
+    @property
+    def has_message(self) -> bool:
+        return not self.is_direct_call and not self.request.is_eager
 
     def __str__(self) -> str:
         return f"Task {self.task.name}[{self.request.id}]"
@@ -69,7 +73,7 @@ def run(
     """Run the body under the task's lock, or do what its side effect says."""
     request = task.request
     lock = options.lock(args, kwargs)
-    this = Run(task, request, lock, has_message=not is_direct_call and not request.is_eager)
+    this = Run(task, request, lock, is_direct_call)
     if not is_direct_call:
         request.pglock_lock = lock
     elif vars(request).get("pglock_lock") == lock:
@@ -135,7 +139,7 @@ def _run_held(
         if refusal:
             return refusal
         # A direct call has no request of its own: there is nothing to hang this on, nor to send.
-        if not request.called_directly:
+        if not this.is_direct_call:
             request.pglock_held_back = held_back
         if hold.keys:
             signals.lock_acquired.send_robust(sender=task, lock=this.lock, waited=hold.waited)
@@ -144,7 +148,8 @@ def _run_held(
         ended_with = error
         raise
     finally:
-        vars(request).pop("pglock_held_back", None)
+        if not this.is_direct_call:
+            vars(request).pop("pglock_held_back", None)
         _finish(this, hold, held_back, ended_with)
 
 

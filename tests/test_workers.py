@@ -12,6 +12,7 @@ from tests.conftest import wait_until
 from tests.models import Entry, most_at_once
 from tests.worker_tasks import (
     at_most_three,
+    calls_and_retries_itself,
     collect,
     decides_itself,
     fails,
@@ -201,6 +202,11 @@ class TestOwnRetries:
         with pytest.raises(ValueError, match="as always"):
             result.get(timeout=10)
         assert count("k") == 3
+
+    def test_a_direct_call_inside_of_the_body_changes_nothing_about_them(self):
+        assert calls_and_retries_itself.delay("k").get(timeout=10) == "done"
+        assert count("k") == 2
+        assert count("k, called") == 2
 
     def test_a_task_that_replaces_itself_does_not_meet_its_own_lock(self):
         assert replaces_itself.delay("k").get(timeout=10) == "done"

@@ -245,6 +245,22 @@ def replaces_itself_with_what_nobody_could_send(self, key):
     return self.replace(skips.s())
 
 
+@app.task(
+    base=AdvisoryTask,
+    bind=True,
+    lock_key="{key}",
+    lock_side_effect=Skip(result="skipped"),
+    lock_on_direct_call=True,
+)
+def calls_and_retries_itself(self, key, called=False):
+    work(self, key, 0)
+    if not called:
+        calls_and_retries_itself(f"{key}, called", called=True)
+    if not called and self.request.retries == 0:
+        raise self.retry(countdown=0)
+    return "done"
+
+
 if os.environ.get("MISSPELT_OPTION"):
 
     @app.task(base=AdvisoryTask, lock_kei="x")
