@@ -203,8 +203,10 @@ class TestOwnRetries:
             result.get(timeout=10)
         assert count("k") == 3
 
-    def test_a_direct_call_inside_of_the_body_changes_nothing_about_them(self):
-        assert calls_and_retries_itself.delay("k").get(timeout=10) == "done"
+    def test_a_direct_call_inside_of_the_body_changes_nothing_about_them(self, worker):
+        result = calls_and_retries_itself.delay("k")
+        assert result.get(timeout=10) == "done"
+        assert f"[{result.id}] ignored" not in worker.log, "it met the lock of its own first run"
         assert count("k") == 2
         assert count("k, called") == 2
 
