@@ -10,7 +10,7 @@ from django.core import checks
 
 from celery_pglock import config
 from celery_pglock.errors import LockMisuse
-from celery_pglock.sessions import check_vendor
+from celery_pglock.raw_connections import check_vendor
 from celery_pglock.task_options import task_side_effect
 
 _binding_all_tasks = ContextVar("_binding_all_tasks", default=False)

@@ -19,7 +19,8 @@ from celery_pglock.errors import LockLost, LockMisuse
 from celery_pglock.keys import Key
 from celery_pglock.labels import Holding, Owner
 from celery_pglock.pool import pool
-from celery_pglock.sessions import REFUSALS, LockSession, Refused, cancel, check_vendor
+from celery_pglock.raw_connections import cancel, check_vendor
+from celery_pglock.sessions import REFUSALS, LockSession, Refused
 from celery_pglock.statements import Statement
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,10 @@ from psycopg.pq import TransactionStatus
 from celery_pglock import labels, statements
 from celery_pglock.config import current
 from celery_pglock.durations import MaybeSeconds
-from celery_pglock.errors import LockLost, LockMisuse
+from celery_pglock.errors import LockLost
 from celery_pglock.keys import Key
 from celery_pglock.labels import Holding, Owner
+from celery_pglock.raw_connections import cancel, connect
 from celery_pglock.statements import Statement
 
 logger = logging.getLogger(__name__)
@@ -30,47 +31,10 @@ REFUSALS: Final[dict[type[Any], str]] = {
     DeadlockDetected: "PostgreSQL chose it as the victim of a deadlock",
 }
 
-CANCEL_SECONDS = 1.0
-
-# A role or a server may set timeouts that would end a session for holding a lock, or for waiting for
-# one. Without client_connection_check_interval the backend of a killed client goes on waiting in
-# pg_advisory_lock, and keeps its other locks meanwhile.
-SESSION_SETTINGS: Final = {
-    "statement_timeout": "0",
-    "idle_session_timeout": "0",
-    "client_connection_check_interval": "500",
-    "tcp_keepalives_idle": "10",
-    "tcp_keepalives_interval": "5",
-    "tcp_keepalives_count": "3",
-}
-
-TRANSACTION_TIMEOUT_SINCE = 170000
-
 OWN_LOCKS = """
 SELECT objsubid, classid::bigint, objid::bigint FROM pg_locks
 WHERE pid = pg_backend_pid() AND locktype = 'advisory' AND granted AND mode = %s
 """
-
-
-def check_vendor(alias: str) -> None:
-    """Refuse an alias that is not PostgreSQL: it has no such locks."""
-    vendor = connections[alias].vendor
-    if vendor != "postgresql":
-        raise LockMisuse(
-            f"The database alias {alias!r} is not PostgreSQL but {vendor}: point lock_using, using= or "
-            f"CELERY_PGLOCK['USING'] at one that is."
-        )
-
-
-def cancel(connection: psycopg.Connection[Any]) -> None:
-    """Close it, and cancel what it still runs: a lock could be granted later to somebody who gave up."""
-    try:
-        if connection.pgconn.transaction_status == TransactionStatus.ACTIVE:
-            connection.cancel_safe(timeout=CANCEL_SECONDS)
-    except psycopg.Error as error:
-        logger.warning("Cancelling a statement that was interrupted failed: %s", error)
-    finally:
-        connection.close()
 
 
 class Refused(Exception):
@@ -96,30 +60,8 @@ class LockSession:
         self.process = os.getpid()
         self._counts: dict[tuple[Key, bool], int] = {}
         self._since: dict[Key, float] = {}
-        self._connection = self._connected()
-
-    def _connected(self) -> psycopg.Connection[Any]:
-        check_vendor(self.alias)
-        django_connection = connections[self.alias]
-        self._as_django_errors = django_connection.wrap_database_errors
-        parameters = django_connection.get_connection_params()
-        # Django's cursors and adapters are for models; and a statement's label changes its text.
-        parameters |= {"cursor_factory": None, "context": None, "prepare_threshold": None}
-        parameters |= {"autocommit": True, "application_name": _application_name(self.owner)}
-        settings = dict(SESSION_SETTINGS)
-        if role := django_connection.settings_dict["OPTIONS"].get("assume_role"):
-            settings["role"] = role
-        with self._as_django_errors:
-            connection = psycopg.connect(**parameters)
-            if connection.info.server_version >= TRANSACTION_TIMEOUT_SINCE:
-                settings["transaction_timeout"] = "0"
-            columns = ", ".join(["set_config(%s, %s, false)"] * len(settings))
-            try:
-                connection.execute(f"SELECT {columns}", [text for pair in settings.items() for text in pair])
-            except BaseException:
-                connection.close()
-                raise
-        return connection
+        self._connection = connect(alias, _application_name(owner))
+        self._as_django_errors = connections[alias].wrap_database_errors
 
     @property
     def is_ours(self) -> bool:
