@@ -107,7 +107,7 @@ class TestSkip:
         last = chain(skips_and_stops.s("k"), plain.s(key="rest"), plain.s(key="rest"))()
         with pytest.raises(TaskRevokedError, match="lock 'k' is held by"):
             last.get(timeout=10)
-        assert [last.parent.state, last.state] == [states.REVOKED, states.REVOKED]
+        wait_until(lambda: last.parent.state == last.state == states.REVOKED)
         assert last.parent.parent.get(timeout=10) == "skipped"
         assert count("rest") == 0
 
