@@ -131,16 +131,6 @@ class Worker:
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
 
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(how)
-            try:
-                self.process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-                raise
-
 
 @contextmanager
 def running_worker(
@@ -172,10 +162,10 @@ def running_worker(
             assert process.poll() is None, worker.log
             yield worker
         finally:
-            with suppress(ProcessLookupError):
-                worker.stop(signal.SIGQUIT)
+            # How workers end politely is the claim of other tests.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="module")
