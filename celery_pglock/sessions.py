@@ -61,7 +61,11 @@ class LockSession:
         self._counts: dict[tuple[Key, bool], int] = {}
         self._since: dict[Key, float] = {}
         self._connection = connect(alias, _application_name(owner))
-        self._as_django_errors = connections[alias].wrap_database_errors
+
+    @property
+    def _as_django_errors(self) -> Any:
+        # Asked for each time: Django's wrapper belongs to a thread, and a session goes from one to another.
+        return connections[self.alias].wrap_database_errors
 
     @property
     def is_ours(self) -> bool:
