@@ -14,3 +14,4 @@ class CeleryPglockConfig(AppConfig):
         hooks.connect()
         checks.register()
         signals.lock_skipped.connect(models.count_skip, dispatch_uid="celery_pglock.count_skip")
+        signals.lock_lost.connect(models.count_loss, dispatch_uid="celery_pglock.count_loss")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
 from celery import current_app
 from django.core import checks
+from django.db import DatabaseError, connections
 
 from celery_pglock import config
 from celery_pglock.errors import LockMisuse
-from celery_pglock.raw_connections import check_vendor
+from celery_pglock.raw_connections import OnStandby, check_exclusion, check_vendor
 from celery_pglock.task_options import task_side_effect
 
 _binding_all_tasks = ContextVar("_binding_all_tasks", default=False)
@@ -20,6 +22,7 @@ def register() -> None:
     """Register the checks with Django; doing it again changes nothing."""
     checks.register(settings_can_work)
     checks.register(tasks_can_work)
+    checks.register(locks_exclude, checks.Tags.database)
 
 
 def settings_can_work(**_: Any) -> list[checks.CheckMessage]:
@@ -52,3 +55,27 @@ def tasks_can_work(**_: Any) -> list[checks.CheckMessage]:
     finally:
         _binding_all_tasks.reset(token)
     return []
+
+
+def locks_exclude(databases: Sequence[str] | None = None, **_: Any) -> list[checks.CheckMessage]:
+    """``celery_pglock.E003``: session-level locks through an alias would not exclude.
+
+    Connects, so only for ``manage.py check --database``.
+    """
+    found: list[checks.CheckMessage] = []
+    for alias in databases or ():
+        if connections[alias].vendor != "postgresql":
+            continue
+        try:
+            check_exclusion(alias, config.current().lease)
+        except (LockMisuse, OnStandby) as error:
+            found.append(checks.Error(str(error), obj=f"DATABASES[{alias!r}]", id="celery_pglock.E003"))
+        except DatabaseError as error:
+            found.append(
+                checks.Warning(
+                    f"It could not be seen whether locks exclude: {str(error).strip()}",
+                    obj=f"DATABASES[{alias!r}]",
+                    id="celery_pglock.W001",
+                )
+            )
+    return found

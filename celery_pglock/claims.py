@@ -5,22 +5,26 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
-from django.db import DatabaseError, connections, transaction
+from django.db import DatabaseError, OperationalError, connections, transaction
 from django.utils.asyncio import async_unsafe
 
 from celery_pglock import labels, statements
+from celery_pglock.clocks import now
 from celery_pglock.config import current
 from celery_pglock.durations import UNSET, MaybeSeconds
 from celery_pglock.errors import LockLost, LockMisuse
+from celery_pglock.fences import Token
 from celery_pglock.keys import Key
 from celery_pglock.labels import Holding, Owner
+from celery_pglock.lifelines import GIVE_UP
 from celery_pglock.pool import pool
 from celery_pglock.raw_connections import cancel, check_vendor
-from celery_pglock.sessions import REFUSALS, LockSession, Refused
+from celery_pglock.sessions import REFUSALS, TIMED_OUT, Gain, LockSession, Refused
 from celery_pglock.statements import Statement
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,12 @@ TAKEN = "it is taken"
 FIRST_POLL = 0.01
 LONGEST_POLL = 0.1
 
+# Fractions of a lease: how long a session that holds locks waits for another before it is heard again, and
+# how long a strict lock stays with nobody after a holder that did not leave in order. Such a one gives up
+# after GIVE_UP; the rest is for telling it.
+ROUND = 0.2
+LOCK_DELAY = GIVE_UP + 0.05
+
 LOCK_TIMEOUT_IN_FORCE = "SELECT setting::int FROM pg_settings WHERE name = 'lock_timeout'"
 
 
@@ -40,18 +50,37 @@ LOCK_TIMEOUT_IN_FORCE = "SELECT setting::int FROM pg_settings WHERE name = 'lock
 class Hold:
     """One acquisition of a lock, from before it is taken until it is given back.
 
-    ``keys`` are those really taken, ``transaction`` is the block that was opened for them. ``waited`` is in
-    seconds, ``since`` on the monotonic clock.
+    ``keys`` are those really taken, ``token`` is a strict one's, ``transaction`` is the block that was opened
+    for them. ``waited`` is in seconds, ``since`` on the monotonic clock. ``is_alone`` tells that no holder
+    before this one can still believe in its lock.
     """
 
     name: str
     shared: bool
     using: str
     keys: tuple[Key, ...] = ()
+    token: Token | None = None
     session: LockSession | None = None
     transaction: Any = None
     waited: float = 0.0
     since: float = 0.0
+    is_alone: bool = True
+
+    @property
+    def loss(self) -> str:
+        """Why the lock is gone, as far as is known without asking the server; empty while it is there."""
+        if self.session is not None and not self.session.is_believed:
+            return self.session.loss or "its database session has been silent for too long"
+        if self.transaction is not None:
+            connection = connections[self.using]
+            if connection.closed_in_transaction or not connection.in_atomic_block:
+                return "its transaction's connection was closed"
+        return ""
+
+    def check(self) -> None:
+        """Raise ``LockLost`` if the lock is gone."""
+        if loss := self.loss:
+            raise LockLost(self.name, loss)
 
     def open_transaction(self) -> None:
         """Open the durable transaction that will keep a transaction-level lock."""
@@ -78,16 +107,24 @@ class Hold:
         if self.session is None:
             return True
         try:
-            return self.session.give_back(self.keys, shared=self.shared)
+            return self.session.give_back(self.keys, shared=self.shared, in_order=self.is_alone)
         finally:
             pool().give_back(self.session)
 
+    def empty(self, error: BaseException) -> None:
+        """Give back what an error interrupted the taking of."""
+        try:
+            self.give_back(error)
+        finally:
+            self.session, self.transaction, self.keys = None, None, ()
+
     def leave(self, error: BaseException | None) -> None:
         """Give back after a body that ended with this error, or well; its own error is never hidden."""
+        loss = self.loss
         if self.give_back(error):
             return
         if error is None:
-            raise LockLost(self.name)
+            raise LockLost(self.name, *filter(None, [loss]))
         logger.warning("lock %r was lost before its body failed", self.name)
 
 
@@ -97,6 +134,9 @@ class Refusal:
 
     reason: str
     waited: float
+
+
+Attempt: TypeAlias = Callable[[Hold, Owner, MaybeSeconds], str | None]
 
 
 @dataclass(frozen=True)
@@ -109,6 +149,7 @@ class Claim:
     limit: int
     using: str
     timeout: MaybeSeconds
+    strict: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -155,8 +196,17 @@ class Claim:
         if not current().ENABLED:
             return None
         attempt = self._attempt_in_transaction if self.xact else self._attempt_in_session
-        if self.limit == 1:
-            return attempt(hold, owner, timeout)
+        if self.limit > 1:
+            return self._poll(attempt, hold, owner, timeout, started)
+        leased = pool().leased.get(self.using)
+        if timeout != 0 and not self.xact and leased is not None and leased.holds_others_than(self.keys):
+            leased.check()
+            return self._wait_in_rounds(leased.lease, hold, owner, timeout, started)
+        return attempt(hold, owner, timeout)
+
+    def _poll(
+        self, attempt: Attempt, hold: Hold, owner: Owner, timeout: MaybeSeconds, started: float
+    ) -> str | None:
         if timeout is UNSET:
             timeout = self._timeout_in_force()
         pause = FIRST_POLL
@@ -168,16 +218,29 @@ class Claim:
             pause = min(2 * pause, LONGEST_POLL)
         return None
 
+    def _wait_in_rounds(
+        self, lease: float, hold: Hold, owner: Owner, timeout: MaybeSeconds, started: float
+    ) -> str | None:
+        """Wait on a session that holds other locks already, which must be heard meanwhile."""
+        if timeout is UNSET:
+            timeout = self._timeout_in_force()
+        while True:
+            left = ROUND * lease if timeout is None else max(0.0, started + timeout - time.monotonic())
+            reason = self._attempt_in_session(hold, owner, min(left, ROUND * lease))
+            if reason != TIMED_OUT or left < ROUND * lease:
+                return reason
+
     def _attempt_in_session(self, hold: Hold, owner: Owner, timeout: MaybeSeconds) -> str | None:
         session = pool().lease(self.using, owner)
-        keys: tuple[Key, ...] | None = self.keys
+        gain: Gain | None = None
         try:
             if self.limit > 1:
-                keys = session.take_slots([key.slots(self.limit) for key in self.keys])
-            elif not session.take(self.keys, shared=self.shared, timeout=timeout):
-                keys = None
-            if keys is not None:
-                hold.session, hold.keys = session, keys
+                gain = session.take_slots([key.slots(self.limit) for key in self.keys])
+            else:
+                gain = session.take(self.keys, shared=self.shared, timeout=timeout, strict=self.strict)
+            if gain is not None:
+                hold.session, hold.keys, hold.token = session, gain.keys, gain.token
+                hold.is_alone = not gain.unclean_lease
         except Refused as refused:
             return str(refused)
         except BaseException:
@@ -187,7 +250,27 @@ class Claim:
             raise
         finally:
             pool().give_back(session)
-        return TAKEN if keys is None else None
+        if gain is None:
+            return TAKEN
+        if gain.unclean_lease:
+            self._outlast_the_last_holder(hold, gain)
+        return None
+
+    def _outlast_the_last_holder(self, hold: Hold, gain: Gain) -> None:
+        """Wait until a holder that did not leave in order has given up, if it lives."""
+        delay = LOCK_DELAY * gain.unclean_lease
+        logger.info(
+            "lock %r was not given back by its last holder (task %s): waiting for %.1f s",
+            self.name,
+            gain.left_by or "unknown",
+            delay,
+        )
+        over = now() + delay
+        while (left := over - now()) > 0:
+            time.sleep(min(left, LONGEST_POLL))
+            if hold.loss:
+                raise OperationalError(f"The lock session was lost while it waited: {hold.loss}.")
+        hold.is_alone = True
 
     def _attempt_in_transaction(self, hold: Hold, owner: Owner, timeout: MaybeSeconds) -> str | None:
         check_vendor(self.using)
@@ -223,13 +306,13 @@ class Claim:
     def _labelled(self, statement: Statement, owner: Owner) -> tuple[str, list[int | str]]:
         """The statement with what tells a task's transaction from others, to the end of the transaction."""
         if not owner.task_id:
-            return statement.sql, statement.parameters
-        now = time.time()
-        holdings = [Holding(key, now) for key in self.keys]
+            return f"SELECT {statement.select}", statement.parameters
+        since = time.time()
+        holdings = [Holding(key, since) for key in self.keys]
         comment = labels.comment(owner, holdings, show_names=current().SHOW_NAMES)
         name = labels.application_name(labels.WORK_CONNECTION, owner.task_id)
         sql = f"{comment.replace('%', '%%')} SELECT set_config('application_name', %s, true), "
-        return f"{sql}{statement.columns}{statement.source}", [name, *statement.parameters]
+        return f"{sql}{statement.select}", [name, *statement.parameters]
 
     def _timeout_in_force(self) -> float | None:
         if self.xact:

@@ -13,10 +13,16 @@ from celery_pglock.errors import LockMisuse, did_you_mean
 
 # Named by the reference, built later: refused rather than silently without effect.
 NOT_AVAILABLE = frozenset(
-    {"LEASE", "POOLER", "STRICT", "ON_LOST"}
-    | {"ATTRIBUTES", "BLOCKING_ATTRIBUTES", "CONFIGS", "LIST_LIMIT"}
+    {"ATTRIBUTES", "BLOCKING_ATTRIBUTES", "CONFIGS", "LIST_LIMIT"}
     | {"HELD_AFTER", "WAITING_AFTER", "SKIPPED_AFTER", "RETENTION", "VICTIMS"}
 )
+
+
+ON_LOST = ("interrupt", "fail", "warn")
+
+# Shorter ones would end sessions whose holders are only slow; with longer ones nobody would wait for it.
+SHORTEST_LEASE = 1.0
+LONGEST_LEASE = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +31,14 @@ class Settings:
 
     USING: str = "default"
     """Alias in ``DATABASES`` whose server keeps the locks of tasks."""
+    LEASE: Duration = 30
+    """Seconds after which the server ends a lock session that has fallen silent."""
+    POOLER: str | None = None
+    """``"session"`` if a connection pooler before the server runs in session mode."""
+    STRICT: bool = False
+    """Whether tasks take their locks with a fencing token and a lock-delay."""
+    ON_LOST: str = "interrupt"
+    """What happens when a lock's session is lost during the body."""
     SHOW_NAMES: bool = True
     """Whether the text of a key is written where other database roles may read it."""
     SIDE_EFFECT: Any = None
@@ -33,6 +47,11 @@ class Settings:
     """Seconds that a task waits in place for its lock."""
     ENABLED: bool = True
     """``False`` runs everything without any lock."""
+
+    @property
+    def lease(self) -> float:
+        """``LEASE`` in seconds."""
+        return seconds(self.LEASE, "CELERY_PGLOCK['LEASE']") or 0.0
 
 
 def current() -> Settings:
@@ -47,13 +66,33 @@ def current() -> Settings:
         if name not in known:
             raise LockMisuse(f"CELERY_PGLOCK has no key {name!r}.{did_you_mean(str(name), known)}")
     settings = Settings(**given)
-    for name in ("SHOW_NAMES", "ENABLED"):
+    for name in ("SHOW_NAMES", "ENABLED", "STRICT"):
         if not isinstance(getattr(settings, name), bool):
             raise LockMisuse(
                 f"CELERY_PGLOCK[{name!r}] must be True or False, not {getattr(settings, name)!r}."
             )
     seconds(settings.TIMEOUT, "CELERY_PGLOCK['TIMEOUT']")
+    if not SHORTEST_LEASE <= settings.lease <= LONGEST_LEASE:
+        raise LockMisuse(
+            f"CELERY_PGLOCK['LEASE'] must be between {SHORTEST_LEASE:g} and {LONGEST_LEASE:g} seconds, not "
+            f"{settings.LEASE!r}."
+        )
+    if settings.POOLER not in (None, "session"):
+        raise LockMisuse(
+            f"CELERY_PGLOCK['POOLER'] must be None or 'session', not {settings.POOLER!r}: through a pooler "
+            f"in another mode session-level locks exclude nobody."
+        )
+    check_on_lost(settings.ON_LOST, "CELERY_PGLOCK['ON_LOST']")
     return settings
+
+
+def check_on_lost(given: Any, where: str) -> None:
+    """Refuse what is none of the ways to take a loss; ``where`` is what the error calls it."""
+    if given not in ON_LOST:
+        raise LockMisuse(
+            f"{where} must be one of {', '.join(map(repr, ON_LOST))}, not {given!r}."
+            f"{did_you_mean(str(given), ON_LOST)}"
+        )
 
 
 def check_alias(alias: Any, where: str) -> None:

@@ -21,13 +21,15 @@ logger = logging.getLogger(__name__)
 CONFLICTS = "pglock_conflicts"
 FIRST_CONFLICT = "pglock_first_conflict"
 COPY = "pglock_copy"
-HEADERS = (CONFLICTS, FIRST_CONFLICT, COPY)
+OUTAGES = "pglock_outages"
+HEADERS = (CONFLICTS, FIRST_CONFLICT, COPY, OUTAGES)
 
 # How long kombu's transports keep a message from other workers, where nothing else is set: after that
 # they deliver it again.
 VISIBILITY_TIMEOUTS = {"redis": 3600.0, "sqs": 1800.0}
 
 COMES_BACK = Retry(countdown=5)
+AFTER_OUTAGE = Retry(countdown=1, maximum=30)
 
 
 def without_our_headers(headers: dict[str, Any] | None) -> dict[str, Any]:
@@ -69,23 +71,43 @@ class TaskConflict(Conflict):
             raise error
         if not self.has_message:
             raise _retry_later(error, countdown, is_eager=True)
-        again = self._again(countdown)
+        again = self._again(countdown, **self._counted())
         publish(self.task.app, again.apply_async)
         raise _retry_later(error, countdown, sig=again)
 
     def come_back(self) -> Any:
         """Send the message again for later, and leave the task's state to the run that has the lock."""
         countdown = min(COMES_BACK.delay(self.attempt), _longest_countdown(self.task.app))
-        publish(self.task.app, self._again(countdown, **{COPY: True}).apply_async)
+        publish(self.task.app, self._again(countdown, **self._counted(), **{COPY: True}).apply_async)
         raise Ignore(f"lock {self.key!r} is held by an earlier delivery of this message")
 
+    def come_back_after(self, outage: Exception) -> Any:
+        """Send the message again for when PostgreSQL can be asked; it is no conflict, and counts as none."""
+        if not self.has_message:
+            raise outage
+        number = (self.request.headers or {}).get(OUTAGES, 0) + 1
+        countdown = min(AFTER_OUTAGE.delay(number), _longest_countdown(self.task.app))
+        again = self._again(countdown, **{OUTAGES: number})
+        publish(self.task.app, again.apply_async)
+        logger.warning(
+            "Task %s[%s] did not run and comes back in %.1f s, because lock %r cannot be taken: %s",
+            self.task.name,
+            self.request.id,
+            countdown,
+            self.key,
+            str(outage).strip(),
+        )
+        raise _retry_later(outage, countdown, sig=again)
+
+    def _counted(self) -> dict[str, Any]:
+        return {CONFLICTS: self.attempt, FIRST_CONFLICT: self.first_attempt}
+
     def _again(self, countdown: float, **headers: Any) -> Any:
-        ours = {CONFLICTS: self.attempt, FIRST_CONFLICT: self.first_attempt}
         return self.task.signature_from_request(
             self.request,
             countdown=countdown,
             retries=self.request.retries,
-            headers={**(self.request.headers or {}), **ours, **headers},
+            headers={**(self.request.headers or {}), **headers},
         )
 
     def _send_event(self, kind: str) -> None:

@@ -6,11 +6,14 @@ import logging
 from typing import Any
 
 from celery import signals, states
+from django.db import DatabaseError
 
 from celery_pglock import config, work_connections
 from celery_pglock.errors import LockMisuse
 from celery_pglock.locks import forget_what_was_left
 from celery_pglock.pool import close_leftovers, pool
+from celery_pglock.raw_connections import OnStandby, check_exclusion
+from celery_pglock.task_options import TaskOptions
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,9 @@ def connect() -> None:
 def _refuse_what_cannot_work(sender: Any = None, **_: Any) -> None:
     # SystemExit, because Celery only logs any other exception of a receiver.
     try:
-        config.current()
+        settings = config.current()
+        for alias in _aliases_of_session_level_locks(sender.app):
+            _check_exclusion(alias, settings.lease)
     except LockMisuse as misuse:
         raise SystemExit(str(misuse)) from None
     implementation = getattr(sender, "pool_cls", "")
@@ -36,6 +41,23 @@ def _refuse_what_cannot_work(sender: Any = None, **_: Any) -> None:
             "celery_pglock does not work with the eventlet pool: waiting for PostgreSQL would block every "
             "other task. Use --pool=gevent, prefork, threads or solo."
         )
+
+
+def _aliases_of_session_level_locks(app: Any) -> set[str]:
+    app.finalize(auto=True)
+    # Reading a task's app binds the task.
+    options = [getattr(task, "_lock_options", None) for task in app.tasks.values() if task.app]
+    return {one.alias() for one in options if isinstance(one, TaskOptions) and not one.xact}
+
+
+def _check_exclusion(alias: str, lease: float) -> None:
+    try:
+        check_exclusion(alias, lease)
+    except OnStandby as standby:
+        raise LockMisuse(str(standby)) from None
+    except DatabaseError as error:
+        # It may be away for a while; each session is checked again when it is opened.
+        logger.warning("Alias %r could not be checked, and is when it is first used: %s", alias, error)
 
 
 def _note_what_is_held(task: Any = None, **_: Any) -> None:

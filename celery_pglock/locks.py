@@ -104,9 +104,16 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
             "using": using,
             "timeout": timeout if timeout is UNSET else seconds(timeout, "timeout"),
             "side_effect": None if side_effect is None else _allowed(side_effect),
+            "strict": False,
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
+
+    def strictly(self) -> advisory:
+        """The same lock, taken with a fencing token and a lock-delay."""
+        lock = copy.copy(self)
+        object.__setattr__(lock, "strict", True)
+        return lock
 
     def __enter__(self) -> bool:
         hold = self._obtained(open_transaction=True)

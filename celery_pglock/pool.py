@@ -6,28 +6,25 @@ import atexit
 import logging
 import os
 import threading
-import time
-from collections import deque
 from collections.abc import Iterable
 
 from django.core import mail
 
 from celery_pglock.labels import Owner
 from celery_pglock.sessions import LockSession
+from celery_pglock.watchers import Watcher
 
 logger = logging.getLogger(__name__)
 
-IDLE_SECONDS = 10.0
-
 
 class Pool:
-    """Sessions that nobody uses, newest first, and those that each thread has leased."""
+    """Sessions that nobody uses, newest last, and those that each thread has leased."""
 
     def __init__(self) -> None:
         # Re-entrant, as garbage collected under it may be a generator that gives a lock back.
         self._lock = threading.RLock()
-        self._idle: deque[tuple[float, LockSession]] = deque()
-        self._closer: threading.Thread | None = None
+        self._idle: list[LockSession] = []
+        self._watcher = Watcher()
         # Per thread, or per greenlet where gevent has patched it: a dead thread's sessions close with it.
         self._leases = threading.local()
 
@@ -42,67 +39,50 @@ class Pool:
     def lease(self, alias: str, owner: Owner) -> LockSession:
         """This thread's session on the alias: the one it has, an idle one, or a new one."""
         session = self.leased.get(alias)
-        if session is None or (session.is_closed and session.holds_nothing):
-            session = self._idle_session(alias) or LockSession(alias, owner)
-            session.owner = owner
+        if session is None or (session.holds_nothing and not session.is_believed):
+            session = self._idle_session(alias, owner) or self._new_session(alias, owner)
             self.leased[alias] = session
         return session
 
     def give_back(self, session: LockSession) -> None:
-        """Take a session back if it holds nothing any more; one that is closed is forgotten."""
+        """Take a session back if it holds nothing any more; one that is lost is forgotten."""
         if not session.holds_nothing or self.leased.get(session.alias) is not session:
             return
         del self.leased[session.alias]
-        session.owner = Owner()
-        if session.is_closed or not session.is_ours:
+        if not session.is_ours:
             return
-        if hasattr(mail, "outbox"):
-            # Django's test environment: an idle session would keep the test database from being dropped.
+        # In Django's test environment an idle session would keep the test database from being dropped.
+        if hasattr(mail, "outbox") or not session.is_believed:
             session.close()
             return
+        session.lay_by()
         with self._lock:
-            self._idle.append((time.monotonic(), session))
-            if self._closer is None or not self._closer.is_alive():
-                closer = threading.Thread(target=self._close_overdue, name="celery_pglock-idle", daemon=True)
-                try:
-                    closer.start()
-                except RuntimeError:
-                    # No thread can be started: at the limit of threads, or as the interpreter ends.
-                    self.close_idle()
-                else:
-                    self._closer = closer
+            self._idle = [idle for idle in self._idle if not idle.is_closed]
+            self._idle.append(session)
 
     def close_idle(self) -> None:
         with self._lock:
-            sessions = [session for _, session in self._idle]
-            self._idle.clear()
+            sessions, self._idle = self._idle, []
         for session in sessions:
             session.close()
 
-    def _idle_session(self, alias: str) -> LockSession | None:
+    def _idle_session(self, alias: str, owner: Owner) -> LockSession | None:
         with self._lock:
-            mine = [entry for entry in self._idle if entry[1].alias == alias]
-            for entry in reversed(mine):
-                self._idle.remove(entry)
-                if entry[1].is_alive:
-                    return entry[1]
-                entry[1].close()
+            for session in reversed([idle for idle in self._idle if idle.alias == alias]):
+                self._idle.remove(session)
+                if session.take_up(owner):
+                    return session
         return None
 
-    def _close_overdue(self) -> None:
-        while True:
-            with self._lock:
-                overdue = []
-                while self._idle and self._idle[0][0] + IDLE_SECONDS <= time.monotonic():
-                    overdue.append(self._idle.popleft()[1])
-                if not self._idle:
-                    self._closer = None
-                wake_in = self._idle[0][0] + IDLE_SECONDS - time.monotonic() if self._idle else None
-            for session in overdue:
-                session.close()
-            if wake_in is None:
-                return
-            time.sleep(max(wake_in, 0))
+    def _new_session(self, alias: str, owner: Owner) -> LockSession:
+        session = LockSession(alias, owner)
+        try:
+            self._watcher.watch(session)
+        except BaseException:
+            # Without a watcher the server would end it.
+            session.close()
+            raise
+        return session
 
 
 _pool = Pool()

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Final
+from typing import Any
 
 import psycopg
-from django.db import connections
+from django.db import OperationalError, connections
 from psycopg.pq import TransactionStatus
 
+from celery_pglock.config import current
+from celery_pglock.durations import milliseconds
 from celery_pglock.errors import LockMisuse
 
 logger = logging.getLogger(__name__)
 
 CANCEL_SECONDS = 1.0
 
-# A role or a server may set timeouts that would end a session for holding a lock, or for waiting for
-# one. Without client_connection_check_interval the backend of a killed client goes on waiting in
-# pg_advisory_lock, and keeps its other locks meanwhile.
-SESSION_SETTINGS: Final = {
-    "statement_timeout": "0",
-    "idle_session_timeout": "0",
-    "client_connection_check_interval": "500",
-    "tcp_keepalives_idle": "10",
-    "tcp_keepalives_interval": "5",
-    "tcp_keepalives_count": "3",
-}
+# Where the alias sets none: psycopg's own is over two minutes.
+CONNECT_SECONDS = 10
 
 TRANSACTION_TIMEOUT_SINCE = 170000
+OLDEST_SERVER = 140000
+
+SYNCHRONOUS_COMMIT = """
+set_config('synchronous_commit', coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'on'), false)
+"""
+
+
+class OnStandby(OperationalError):
+    """The server is a standby: locks taken there exclude nobody on the primary, nor on other standbys."""
 
 
 def check_vendor(alias: str) -> None:
@@ -40,28 +42,99 @@ def check_vendor(alias: str) -> None:
         )
 
 
-def connect(alias: str, application_name: str) -> psycopg.Connection[Any]:
-    """A new connection with the alias's own settings, fit for holding locks; errors are Django's."""
+def connect(alias: str, application_name: str, lease: float) -> tuple[psycopg.Connection[Any], int]:
+    """A new connection with the alias's own settings, fit for holding locks, and its backend's pid.
+
+    The server ends it after ``lease`` seconds of silence. Raises Django's errors, ``OnStandby``, and
+    ``LockMisuse`` for a server on which locks would not exclude.
+    """
     check_vendor(alias)
     django_connection = connections[alias]
-    parameters = django_connection.get_connection_params()
     # Django's cursors and adapters are for models; and a statement's label changes its text.
-    parameters |= {"cursor_factory": None, "context": None, "prepare_threshold": None}
-    parameters |= {"autocommit": True, "application_name": application_name}
-    settings = dict(SESSION_SETTINGS)
+    parameters = {
+        "connect_timeout": CONNECT_SECONDS,
+        "tcp_user_timeout": milliseconds(lease),
+        "keepalives_idle": max(1, int(lease / 3)),
+        "keepalives_interval": max(1, int(lease / 6)),
+        **django_connection.get_connection_params(),
+        "cursor_factory": None,
+        "context": None,
+        "prepare_threshold": None,
+        "autocommit": True,
+        "application_name": application_name,
+    }
+    settings = _session_settings(lease)
     if role := django_connection.settings_dict["OPTIONS"].get("assume_role"):
         settings["role"] = role
     with django_connection.wrap_database_errors:
         connection = psycopg.connect(**parameters)
-        if connection.info.server_version >= TRANSACTION_TIMEOUT_SINCE:
-            settings["transaction_timeout"] = "0"
-        columns = ", ".join(["set_config(%s, %s, false)"] * len(settings))
         try:
-            connection.execute(f"SELECT {columns}", [text for pair in settings.items() for text in pair])
+            backend_pid = _prepare(alias, connection, settings)
         except BaseException:
             connection.close()
             raise
-    return connection
+    return connection, backend_pid
+
+
+def check_exclusion(alias: str, lease: float) -> None:
+    """Connect, and refuse as ``connect()`` does a server on which session-level locks would not exclude."""
+    connect(alias, "pglock", lease)[0].close()
+
+
+def pooled(alias: str) -> LockMisuse:
+    """The error that tells how to do without session-level locks through a pooler."""
+    return LockMisuse(
+        f"Between the database alias {alias!r} and its server is a connection pooler, such as PgBouncer. "
+        f"Unless it runs in session mode, session-level locks through it exclude nobody. Point lock_using, "
+        f"using= or CELERY_PGLOCK['USING'] at an alias that connects to the server directly; or use "
+        f"transaction-level locks (lock_xact=True, XactAdvisoryTask, advisory(..., xact=True)); or, if it "
+        f"does run in session mode, say so by CELERY_PGLOCK['POOLER'] = 'session'."
+    )
+
+
+def _session_settings(lease: float) -> dict[str, str]:
+    # A role or a server may set timeouts that would end a session for holding a lock, or for waiting for
+    # one. Without client_connection_check_interval the backend of a killed client goes on waiting in
+    # pg_advisory_lock, and keeps its other locks meanwhile.
+    return {
+        "idle_session_timeout": str(milliseconds(lease)),
+        "statement_timeout": "0",
+        "client_connection_check_interval": "500",
+        "tcp_keepalives_idle": str(max(1, int(lease / 3))),
+        "tcp_keepalives_interval": str(max(1, int(lease / 6))),
+        "tcp_keepalives_count": "3",
+        "tcp_user_timeout": str(milliseconds(lease)),
+    }
+
+
+def _prepare(alias: str, connection: psycopg.Connection[Any], settings: dict[str, str]) -> int:
+    version = connection.info.server_version
+    if version < OLDEST_SERVER:
+        raise LockMisuse(
+            f"The server of the database alias {alias!r} is PostgreSQL {version // 10000}: 14 is the oldest "
+            f"that can end a silent session."
+        )
+    if version >= TRANSACTION_TIMEOUT_SINCE:
+        settings = {**settings, "transaction_timeout": "0"}
+    may_be_pooled = current().POOLER == "session"
+    # Settings must not stay behind in a session that a pooler gives to others.
+    columns = ", ".join([SYNCHRONOUS_COMMIT, *["set_config(%s, %s, false)"] * len(settings)])
+    row = connection.execute(
+        f"SELECT pg_backend_pid(), pg_is_in_recovery(),"
+        f" CASE WHEN %s OR pg_backend_pid() = %s THEN ARRAY[{columns}] END",
+        [may_be_pooled, connection.info.backend_pid, *[text for pair in settings.items() for text in pair]],
+    ).fetchone()
+    assert row is not None
+    backend_pid, is_standby, prepared = row
+    if prepared is None:
+        raise pooled(alias)
+    if is_standby:
+        raise OnStandby(
+            f"The server of the database alias {alias!r} is a standby (in recovery): locks taken there "
+            f"exclude nobody on the primary. Point the alias at the primary, for example with "
+            f"'target_session_attrs': 'read-write' in its OPTIONS."
+        )
+    return int(backend_pid)
 
 
 def cancel(connection: psycopg.Connection[Any]) -> None:

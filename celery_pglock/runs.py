@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -10,14 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from celery.exceptions import Ignore
-from django.db import DatabaseError
+from django.db import DatabaseError, InterfaceError, InternalError, OperationalError
 
 from celery_pglock import signals, work_connections
 from celery_pglock.claims import Hold, Refusal
 from celery_pglock.conflicts import CONFLICTS, COPY, FIRST_CONFLICT, TaskConflict, succeeded_before
 from celery_pglock.durations import MaybeSeconds
-from celery_pglock.errors import LockLost
+from celery_pglock.errors import LockLost, LockMisuse
 from celery_pglock.held_back import BrokerRefused, HeldBack, pauses
+from celery_pglock.held_locks import HeldLock
+from celery_pglock.interruptions import Interruption, can_interrupt
 from celery_pglock.labels import Owner
 from celery_pglock.locks import advisory
 from celery_pglock.task_options import TaskOptions
@@ -27,7 +30,27 @@ logger = logging.getLogger(__name__)
 # How often a lock is tried whose holder has gone by the time of looking.
 ATTEMPTS = 3
 
+# What says that no lock can be taken now, in contrast to what says that none ever could.
+OUTAGES = (OperationalError, InterfaceError, InternalError)
+
 Body = Callable[..., Any]
+
+
+class _Bodies(threading.local):
+    """The bodies that run in this thread, innermost last, each with its lock."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[str, HeldLock]] = []
+
+
+_bodies = _Bodies()
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Nothing could be asked of PostgreSQL; the error says why."""
+
+    error: Exception
 
 
 class ReplacedEagerly(Ignore):
@@ -44,6 +67,14 @@ def held_back_by(request: Any) -> HeldBack | None:
     return found
 
 
+def lock_of(task: Any) -> HeldLock:
+    """The lock under which a body of this task runs in this thread."""
+    for name, lock in reversed(_bodies.stack):
+        if name == task.name:
+            return lock
+    raise LockMisuse(f"No body of {task.name} runs under a lock here: self.lock is for the body alone.")
+
+
 @dataclass(slots=True)
 class Run:
     """One run of a task: who runs it, and under which lock."""
@@ -51,6 +82,7 @@ class Run:
     task: Any
     request: Any
     lock: advisory
+    on_lost: str
     is_direct_call: bool
 
     @property
@@ -73,7 +105,7 @@ def run(
     """Run the body under the task's lock, or do what its side effect says."""
     request = task.request
     lock = options.lock(args, kwargs)
-    this = Run(task, request, lock, is_direct_call)
+    this = Run(task, request, lock, options.what_if_lost(), is_direct_call)
     if not is_direct_call:
         request.pglock_lock = lock
     elif vars(request).get("pglock_lock") == lock:
@@ -88,10 +120,12 @@ def run(
                 outcome = _attempt(this, body, args, kwargs)
             except ReplacedEagerly as replaced:
                 return replaced.signature.apply().get()
-            if not isinstance(outcome, TaskConflict):
+            if not isinstance(outcome, TaskConflict | Outage):
                 return outcome
-            signals.lock_conflict.send_robust(sender=task, lock=lock, conflict=outcome)
             try:
+                if isinstance(outcome, Outage):
+                    return _conflict(this, "", 0).come_back_after(outcome.error)
+                signals.lock_conflict.send_robust(sender=task, lock=lock, conflict=outcome)
                 return (
                     outcome.come_back() if outcome.is_with_itself else options.effect().on_conflict(outcome)
                 )
@@ -106,7 +140,7 @@ def run(
 
 
 def _attempt(this: Run, body: Body, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The body's result, or a conflict.
+    """The body's result, a conflict, or an outage.
 
     A conflict whose holder has gone by the time of looking is none: it could even have been an earlier
     delivery of this message, whose result is not to be replaced.
@@ -127,14 +161,18 @@ def _attempt(this: Run, body: Body, args: Sequence[Any], kwargs: Mapping[str, An
 def _run_held(
     this: Run, timeout: MaybeSeconds, body: Body, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
-    """The body's result, or why the lock was not obtained."""
+    """The body's result, or why the lock was not obtained: a refusal or an outage."""
     task, request = this.task, this.request
     owner = Owner(task.name, request.id or "", request.hostname or "")
     hold = this.lock.hold()
     held_back = HeldBack()
     ended_with: BaseException | None = None
     try:
-        refusal = this.lock.fill(hold, owner, timeout)
+        try:
+            refusal = this.lock.fill(hold, owner, timeout)
+        except OUTAGES as outage:
+            hold.empty(outage)
+            return Outage(outage)
         _drop_a_copy_of_what_succeeded(this)
         if refusal:
             return refusal
@@ -143,7 +181,7 @@ def _run_held(
             request.pglock_held_back = held_back
         if hold.keys:
             signals.lock_acquired.send_robust(sender=task, lock=this.lock, waited=hold.waited)
-        return body(*args, **kwargs)
+        return _run_body(this, hold, body, args, kwargs)
     except BaseException as error:
         ended_with = error
         raise
@@ -151,6 +189,26 @@ def _run_held(
         if not this.is_direct_call:
             vars(request).pop("pglock_held_back", None)
         _finish(this, hold, held_back, ended_with)
+
+
+def _run_body(this: Run, hold: Hold, body: Body, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    before = len(_bodies.stack)
+    _bodies.stack.append((this.task.name, HeldLock(hold, this.lock.strict)))
+    try:
+        if this.on_lost != "interrupt" or hold.session is None or not (this.has_message and can_interrupt()):
+            return body(*args, **kwargs)
+        interruption = Interruption()
+
+        def interrupt(loss: str) -> None:
+            interruption.order(LockLost(hold.name, loss))
+
+        hold.session.to_be_told.append(interrupt)
+        try:
+            return interruption.run(body, args, kwargs)
+        finally:
+            hold.session.to_be_told.remove(interrupt)
+    finally:
+        del _bodies.stack[before:]
 
 
 def _drop_a_copy_of_what_succeeded(this: Run) -> None:
@@ -179,6 +237,7 @@ def _conflict(this: Run, reason: str, waited: float) -> TaskConflict:
 def _finish(this: Run, hold: Hold, held_back: HeldBack, ended_with: BaseException | None) -> None:
     # Ignore is how `replace` ends a task that went well: its transaction commits.
     error = None if isinstance(ended_with, Ignore) else ended_with
+    loss = hold.loss
     try:
         kept = hold.give_back(error)
     except BaseException as failure:
@@ -186,17 +245,21 @@ def _finish(this: Run, hold: Hold, held_back: HeldBack, ended_with: BaseExceptio
         if not isinstance(failure, DatabaseError):
             held_back.send_all(this.task.app, str(this))
         raise
-    if kept and hold.keys:
+    if not kept:
+        _tell_that_it_was_lost(this, loss or "its session was ended before it was given back", ended_with)
+    elif hold.keys:
         held = time.monotonic() - hold.since
         signals.lock_released.send_robust(sender=this.task, lock=this.lock, held=held)
-    elif not kept:
-        _tell_that_it_was_lost(this, undone=this.lock.xact and error is None)
     held_back.send_all(this.task.app, str(this))
 
 
-def _tell_that_it_was_lost(this: Run, *, undone: bool) -> None:
-    reason = "its session ended before the work was done"
-    logger.error("%s ran on without lock %r: %s", this, this.lock.name, reason)
-    signals.lock_lost.send_robust(sender=this.task, lock=this.lock, reason=reason)
-    if undone:
-        raise LockLost(this.lock.name, "its transaction's connection was closed, and the work rolled back")
+def _tell_that_it_was_lost(this: Run, loss: str, ended_with: BaseException | None) -> None:
+    work_connections.close_what_was_interrupted()
+    logger.error("%s lost lock %r before it gave it back: %s", this, this.lock.name, loss)
+    signals.lock_lost.send_robust(sender=this.task, lock=this.lock, reason=loss)
+    if ended_with is not None:
+        return
+    if this.lock.xact:
+        raise LockLost(this.lock.name, f"{loss}, and the work rolled back")
+    if this.on_lost == "fail":
+        raise LockLost(this.lock.name, loss)

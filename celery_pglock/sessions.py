@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import psycopg
-from django.db import DatabaseError, connections
+from django.db import DatabaseError, OperationalError
 from psycopg.errors import DeadlockDetected, LockNotAvailable
-from psycopg.pq import TransactionStatus
 
-from celery_pglock import labels, statements
+from celery_pglock import clocks, fences, labels, statements
 from celery_pglock.config import current
 from celery_pglock.durations import MaybeSeconds
-from celery_pglock.errors import LockLost
+from celery_pglock.errors import LockLost, LockMisuse
+from celery_pglock.fences import Token
 from celery_pglock.keys import Key
 from celery_pglock.labels import Holding, Owner
-from celery_pglock.raw_connections import cancel, connect
+from celery_pglock.lifelines import BEAT, Lifeline
+from celery_pglock.raw_connections import connect, pooled
 from celery_pglock.statements import Statement
 
 logger = logging.getLogger(__name__)
 
+# How long a session that holds nothing is kept, in seconds; at most half of its lease.
+IDLE_SECONDS = 10.0
+
+# How often whoever has to know of a loss is told, until it has taken note.
+TELL_EVERY = 0.05
+
+TIMED_OUT = "lock_timeout ran out"
+
 # PostgreSQL's own refusals: busy (55P03) and deadlock (40P01). They leave the session as it was.
 REFUSALS: Final[dict[type[Any], str]] = {
-    LockNotAvailable: "lock_timeout ran out",
+    LockNotAvailable: TIMED_OUT,
     DeadlockDetected: "PostgreSQL chose it as the victim of a deadlock",
 }
 
@@ -46,6 +54,20 @@ def mode(*, shared: bool) -> str:
     return "ShareLock" if shared else "ExclusiveLock"
 
 
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What one acquisition brought: the keys, and from a strict one its token.
+
+    ``unclean_lease`` is the lease in seconds of a holder before us that did not leave in order, and may not
+    have given up yet; ``left_by`` is its task's id.
+    """
+
+    keys: tuple[Key, ...]
+    token: Token | None = None
+    unclean_lease: float = 0.0
+    left_by: str = ""
+
+
 class LockSession:
     """A PostgreSQL session apart from Django's connections, used by one thread at a time.
 
@@ -58,14 +80,16 @@ class LockSession:
         self.owner = owner
         # A forked child must not speak on its parent's socket: hence the pid.
         self.process = os.getpid()
+        # Who must know that the session is lost; called by the watcher, time and again, with the reason.
+        self.to_be_told: list[Callable[[str], None]] = []
         self._counts: dict[tuple[Key, bool], int] = {}
         self._since: dict[Key, float] = {}
-        self._connection = connect(alias, _application_name(owner))
-
-    @property
-    def _as_django_errors(self) -> Any:
-        # Asked for each time: Django's wrapper belongs to a thread, and a session goes from one to another.
-        return connections[self.alias].wrap_database_errors
+        self._tokens: dict[Key, Token] = {}
+        self._idle_since: float | None = None
+        self._is_loss_logged = False
+        settings = current()
+        connection, self._backend_pid = connect(alias, _application_name(owner), settings.lease)
+        self._line = Lifeline(alias, connection, settings.lease)
 
     @property
     def is_ours(self) -> bool:
@@ -73,22 +97,35 @@ class LockSession:
 
     @property
     def is_closed(self) -> bool:
-        return self._connection.closed
+        return self._line.is_closed
 
     @property
-    def is_alive(self) -> bool:
-        """Whether the server still keeps it, as far as its socket tells."""
-        if self._connection.closed:
-            return False
-        watch = select.poll()
-        watch.register(self._connection.fileno(), select.POLLIN)
-        try:
-            # A healthy idle session is silent but for news of a setting changed by a reload.
-            while watch.poll(0):
-                self._connection.pgconn.consume_input()
-        except psycopg.OperationalError:
-            return False
-        return True
+    def is_believed(self) -> bool:
+        """Whether the server cannot have ended it yet, as far as is known without asking."""
+        return self._line.is_believed
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a watcher has something to do for it."""
+        return self.is_ours and (not self.is_closed or bool(self.to_be_told))
+
+    @property
+    def lease(self) -> float:
+        return self._line.lease
+
+    @property
+    def loss(self) -> str:
+        """Why it was given up; empty while it is not."""
+        return self._line.loss
+
+    @property
+    def socket(self) -> int:
+        return self._line.socket
+
+    @property
+    def events(self) -> int:
+        """What may happen on its socket; 0 if nothing of interest."""
+        return 0 if self.is_closed or self.loss else self._line.events
 
     @property
     def holds_nothing(self) -> bool:
@@ -98,132 +135,250 @@ class LockSession:
         """The first of these keys that this session holds in this mode."""
         return next((key for key in keys if (key, shared) in self._counts), None)
 
-    def take(self, keys: Sequence[Key], *, shared: bool, timeout: MaybeSeconds) -> bool:
+    def holds_others_than(self, keys: Iterable[Key]) -> bool:
+        """Whether it holds something, but not all of these keys already."""
+        held = {key for key, _ in self._counts}
+        return bool(held) and not held.issuperset(keys)
+
+    def check(self) -> None:
+        """Raise ``LockLost`` if it holds something that is gone."""
+        if not self._counts:
+            return
+        with self._line.speaking:
+            self._line.read_what_came_unasked()
+        if not self.is_believed:
+            lost = ", ".join(sorted(key.name for key, _ in self._counts))
+            self.close()
+            raise LockLost(lost, self.loss)
+
+    def take(
+        self, keys: Sequence[Key], *, shared: bool, timeout: MaybeSeconds, strict: bool = False
+    ) -> Gain | None:
         """Take all keys in this order or none; a key that is held already is only counted.
 
         Raises ``Refused`` where PostgreSQL did.
         """
-        self._check_what_is_held()
-        fresh = [key for key in keys if (key, shared) not in self._counts]
-        if not fresh:
-            self._count(keys, shared=shared)
+        with self._line.speaking:
+            self.check()
+            fresh = [key for key in keys if (key, shared) not in self._counts]
+            gain = Gain(tuple(keys), next(iter(self._tokens_of(keys)), None))
+            try:
+                if fresh:
+                    obtained = self._take_fresh(fresh, shared=shared, timeout=timeout, strict=strict)
+                    if obtained is None:
+                        return None
+                    gain = replace(obtained, keys=gain.keys)
+                self._count(keys, shared=shared)
+            except Refused:
+                self._give_back_gains(fresh, shared=shared, strict=strict)
+                raise
+            except BaseException:
+                self.abandon()
+                raise
+            return gain
+
+    def take_slots(self, slots_by_key: Sequence[Sequence[Key]]) -> Gain | None:
+        """Take one free slot of every key, or none; the gain's keys are the slots taken.
+
+        A key of which this session holds a slot already is only counted.
+        """
+        with self._line.speaking:
+            self.check()
+            held = [self.held_among(slots, shared=False) for slots in slots_by_key]
+            fresh = [slots for slots, mine in zip(slots_by_key, held, strict=True) if mine is None]
+            numbers: Iterable[int] | None = ()
+            try:
+                if fresh:
+                    statement = statements.take_slots(fresh, xact=False)
+                    numbers = self._answer(statement, self._holdings([slots[0] for slots in fresh]))[-1]
+                if numbers is None:
+                    return None
+                gained = [slots[number] for slots, number in zip(fresh, numbers, strict=True)]
+                taken = tuple(mine or gained.pop(0) for mine in held)
+                self._count(taken, shared=False)
+            except BaseException:
+                self.abandon()
+                raise
+            return Gain(taken)
+
+    def give_back(self, keys: Sequence[Key], *, shared: bool, in_order: bool = True) -> bool:
+        """Give back one acquisition of these keys; answers whether they had been kept to the end.
+
+        With ``in_order`` the next strict holder need not wait for anybody to have given up.
+        """
+        if not self.is_ours:
             return True
+        with self._line.speaking:
+            if not self.is_believed:
+                self.close()
+                return False
+            try:
+                kept = self._give_back(keys, shared=shared, in_order=in_order)
+                if not kept:
+                    logger.warning("PostgreSQL says that this session did not hold %s", _names(keys))
+                    self.abandon()
+            except (DatabaseError, LockMisuse) as error:
+                logger.warning("Releasing %s failed: %s", _names(keys), error)
+                self.abandon()
+                return False
+            except BaseException:
+                self.abandon()
+                raise
+            return kept
+
+    def rows(self, sql: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
+        """The rows of a statement that takes nothing and gives nothing back."""
+        with self._line.speaking:
+            try:
+                return self._line.ask(self._label(self._holdings()) + sql, parameters)
+            except BaseException:
+                # An error that the server told changes nothing of what the session holds.
+                if not self._line.is_idle:
+                    self.abandon()
+                raise
+
+    def lay_by(self) -> None:
+        """Keep it for whoever needs a session next."""
+        self.owner = Owner()
+        self._idle_since = clocks.now()
+
+    def take_up(self, owner: Owner) -> bool:
+        """Use it after it was laid by; False if the server has ended it meanwhile."""
+        with self._line.speaking:
+            self._line.read_what_came_unasked()
+            if not self.is_believed:
+                self._line.close()
+                return False
+            self.owner = owner
+            self._idle_since = None
+            return True
+
+    def tend(self) -> float:
+        """What a watcher does for it, without ever waiting; answers after how many seconds to do so again."""
+        if not (self.loss or self.is_closed):
+            self._line.listen(self._beat if self._counts else None)
+        if self._idle_since is not None:
+            return self._close_if_overdue()
+        if not self.loss:
+            return BEAT * self.lease / 2
+        self._log_the_loss()
+        for tell in tuple(self.to_be_told):
+            tell(self.loss)
+        return TELL_EVERY if self.to_be_told else BEAT * self.lease
+
+    def lose(self, reason: str) -> None:
+        """Give it up, with all that it holds."""
+        self._line.lose(reason)
+
+    def close(self) -> None:
+        """End the session; what it still held is lost to those who believe that they hold it."""
+        if self._counts:
+            self._line.lose("it was closed")
+            self._log_the_loss()
+        self._counts.clear()
+        if self.is_ours:
+            self._line.close()
+
+    def abandon(self) -> None:
+        """Close it in the middle of whatever it does, so that nothing is granted to it later."""
+        self._line.close()
+        self.close()
+
+    def _take_fresh(
+        self, fresh: Sequence[Key], *, shared: bool, timeout: MaybeSeconds, strict: bool
+    ) -> Gain | None:
         if timeout == 0:
             statement = statements.take_at_once(fresh, shared=shared, xact=False)
         else:
             statement = statements.take_waiting(fresh, shared=shared, xact=False, timeout=timeout)
-        try:
-            if not self._answer(statement, self._holdings(fresh)):
-                return False
-            self._count(keys, shared=shared)
-        except Refused:
-            self._give_back_gains(fresh, shared=shared)
-            raise
-        except BaseException:
-            self.abandon()
-            raise
-        return True
+        wait = timeout if isinstance(timeout, float | int) else None
+        if strict:
+            statement = fences.take(statement, fresh, self.owner.task_id, self.lease)
+            wait = None if wait is None else wait + self.lease
+        row = self._answer(statement, self._holdings(fresh), wait=wait)
+        if not row[-1]:
+            return None
+        if timeout != 0:
+            self._line.was_answered_after(row[-2])
+        if not self.is_believed:
+            raise OperationalError("The server's answer came so late that the lock may be lost already.")
+        if not strict:
+            return Gain(tuple(fresh))
+        timeline, number, unclean_lease, left_by = row[2:6]
+        token = Token(timeline, number)
+        self._tokens |= dict.fromkeys(fresh, token)
+        return Gain(tuple(fresh), token, unclean_lease, left_by)
 
-    def take_slots(self, slots_by_key: Sequence[Sequence[Key]]) -> tuple[Key, ...] | None:
-        """Take one free slot of every key, or none; answers the slots taken.
+    def _give_back(self, keys: Sequence[Key], *, shared: bool, in_order: bool) -> bool:
+        last = [key for key in keys if self._counts[key, shared] == 1]
+        kept: bool | None = True
+        if last:
+            remaining = [holding for holding in self._holdings() if holding.key not in last]
+            statement = statements.give_back(last, shared=shared)
+            tokens = [(key, self._tokens.pop(key)) for key in last if key in self._tokens]
+            kept = None
+            if tokens and in_order:
+                try:
+                    kept = self._answer(fences.give_back(statement, tokens), remaining)[-1]
+                except Refused:
+                    logger.warning("A transaction is still open in which a token guards: %s", _names(last))
+            if kept is None:
+                kept = self._answer(statement, remaining)[-1]
+        for key in keys:
+            self._counts[key, shared] -= 1
+            if not self._counts[key, shared]:
+                del self._counts[key, shared]
+        return bool(kept)
 
-        A key of which this session holds a slot already is only counted.
-        """
-        self._check_what_is_held()
-        held = [self.held_among(slots, shared=False) for slots in slots_by_key]
-        fresh = [slots for slots, mine in zip(slots_by_key, held, strict=True) if mine is None]
-        numbers: Iterable[int] | None = ()
-        try:
-            if fresh:
-                statement = statements.take_slots(fresh, xact=False)
-                numbers = self._answer(statement, self._holdings([slots[0] for slots in fresh]))
-            if numbers is None:
-                return None
-            gained = [slots[number] for slots, number in zip(fresh, numbers, strict=True)]
-            taken = tuple(mine or gained.pop(0) for mine in held)
-            self._count(taken, shared=False)
-        except BaseException:
-            self.abandon()
-            raise
-        return taken
-
-    def give_back(self, keys: Sequence[Key], *, shared: bool) -> bool:
-        """Give back one acquisition of these keys; answers whether they had been kept to the end."""
-        if not self.is_ours:
-            return True
-        if self.is_closed:
-            return False
-        try:
-            last = [key for key in keys if self._counts[key, shared] == 1]
-            kept = True
-            if last:
-                remaining = [holding for holding in self._holdings() if holding.key not in last]
-                kept = self._answer(statements.give_back(last, shared=shared), remaining)
-            for key in keys:
-                self._counts[key, shared] -= 1
-                if not self._counts[key, shared]:
-                    del self._counts[key, shared]
-            if not kept:
-                logger.warning("PostgreSQL says that this session did not hold %s", _names(keys))
-                self.abandon()
-        except DatabaseError as error:
-            logger.warning("Releasing %s failed: %s", _names(keys), error)
-            self.abandon()
-            return False
-        except BaseException:
-            self.abandon()
-            raise
-        return kept
-
-    def rows(self, sql: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
-        """The rows of a statement that takes nothing and gives nothing back."""
-        try:
-            with self._as_django_errors:
-                return self._connection.execute(self._label(self._holdings()) + sql, parameters).fetchall()
-        except BaseException:
-            # An error that the server told changes nothing of what the session holds.
-            if self._connection.pgconn.transaction_status != TransactionStatus.IDLE:
-                self.abandon()
-            raise
-
-    def close(self) -> None:
-        """End the session; what it still held is lost to those who believe that they hold it."""
-        self._counts.clear()
-        if self.is_ours:
-            self._connection.close()
-
-    def abandon(self) -> None:
-        """Close it at once, whatever it may be doing."""
-        if self.is_ours:
-            cancel(self._connection)
-        self.close()
-
-    def _answer(self, statement: Statement, holdings: Sequence[Holding]) -> Any:
+    def _answer(
+        self, statement: Statement, holdings: Sequence[Holding], *, wait: float | None = 0
+    ) -> tuple[Any, ...]:
         owner = self.owner if holdings else Owner()
         sql = (
-            f"{self._label(holdings)}SELECT set_config('application_name', %s, false), "
-            f"{statement.columns}{statement.source}"
+            f"{self._label(holdings)}{statement.opening}"
+            f"SELECT pg_backend_pid(), set_config('application_name', %s, false), {statement.select}"
         )
+        parameters = [*statement.opening_parameters, _application_name(owner), *statement.parameters]
         try:
-            with self._as_django_errors:
-                cursor = self._connection.execute(sql, [_application_name(owner), *statement.parameters])
-                row = cursor.fetchone()
+            row = self._line.ask(sql, parameters, wait=wait)[0]
         except DatabaseError as error:
             if reason := REFUSALS.get(type(error.__cause__)):
                 raise Refused(reason) from None
             raise
-        assert row is not None
-        return row[-1]
+        if row[0] != self._backend_pid:
+            raise pooled(self.alias)
+        return row
+
+    def _beat(self) -> str:
+        return f"{self._label(self._holdings())}SELECT 1".replace("%%", "%")
 
     def _label(self, holdings: Sequence[Holding]) -> str:
         owner = self.owner if holdings else Owner()
         comment = labels.comment(owner, holdings, show_names=current().SHOW_NAMES)
         return comment.replace("%", "%%") + " "
 
-    def _give_back_gains(self, fresh: Sequence[Key], *, shared: bool) -> None:
+    def _close_if_overdue(self) -> float:
+        assert self._idle_since is not None
+        left = self._idle_since + min(IDLE_SECONDS, self.lease / 2) - clocks.now()
+        if (left <= 0 or self.loss) and self._line.speaking.acquire(blocking=False):
+            try:
+                if self._idle_since is not None:
+                    self._line.close()
+            finally:
+                self._line.speaking.release()
+        return max(left, TELL_EVERY)
+
+    def _log_the_loss(self) -> None:
+        if self._counts and not self._is_loss_logged:
+            self._is_loss_logged = True
+            logger.error(
+                "The session that keeps %s is lost: %s", _names(key for key, _ in self._counts), self.loss
+            )
+
+    def _give_back_gains(self, fresh: Sequence[Key], *, shared: bool, strict: bool) -> None:
         # A session-level lock survives the error of the statement that took it. Which ones were taken
         # before the refusal only the server knows.
-        if len(fresh) == 1:
+        if len(fresh) == 1 and not strict:
             return
         rows = set(self.rows(OWN_LOCKS, [mode(shared=shared)]))
         gains = [key for key in fresh if (key.objsubid, key.classid, key.objid) in rows]
@@ -231,11 +386,8 @@ class LockSession:
             self._count(gains, shared=shared)
             self.give_back(gains, shared=shared)
 
-    def _check_what_is_held(self) -> None:
-        if self._counts and not self.is_alive:
-            lost = ", ".join(sorted(key.name for key, _ in self._counts))
-            self.close()
-            raise LockLost(lost)
+    def _tokens_of(self, keys: Iterable[Key]) -> list[Token]:
+        return [self._tokens[key] for key in keys if key in self._tokens]
 
     def _count(self, keys: Sequence[Key], *, shared: bool) -> None:
         now = time.time()

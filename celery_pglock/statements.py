@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from celery_pglock.durations import UNSET, MaybeSeconds, milliseconds
 from celery_pglock.keys import INT8, Key
@@ -15,17 +16,25 @@ REMAINING_TIMEOUT = (
 )
 
 
+# How long the server took for what stands before it in the statement, in seconds.
+ELAPSED = "extract(epoch FROM clock_timestamp() - statement_timestamp())::float8"
+
+
 @dataclass(slots=True)
 class Statement:
     """The columns of a SELECT with their parameters; the last column of its one row is the answer."""
 
-    columns: str = ""
+    columns: list[str] = field(default_factory=list)
     source: str = ""
-    parameters: list[int | str] = field(default_factory=list)
+    parameters: list[Any] = field(default_factory=list)
+    opening: str = ""
+    """What stands before the word SELECT, with parameters of its own."""
+    opening_parameters: list[Any] = field(default_factory=list)
 
     @property
-    def sql(self) -> str:
-        return f"SELECT {self.columns}{self.source}"
+    def select(self) -> str:
+        """What follows the word SELECT."""
+        return f"{', '.join(self.columns)}{self.source}"
 
     def call(self, function: str, key: Key) -> str:
         self.parameters.extend(key.arguments)
@@ -61,7 +70,7 @@ def take_at_once(keys: Sequence[Key], *, shared: bool, xact: bool) -> Statement:
         undo = f"{statement.call(unlock, keys[position])} IS NULL"
         return f"CASE WHEN {taken} THEN CASE WHEN {others} THEN true ELSE {undo} END ELSE false END"
 
-    statement.columns = rest(0)
+    statement.columns = [rest(0)]
     return statement
 
 
@@ -93,7 +102,7 @@ def take_slots(slots_by_key: Sequence[Sequence[Key]], *, xact: bool) -> Statemen
             f" AS theirs)"
         )
 
-    statement.columns = rest(0)
+    statement.columns = [rest(0)]
     return statement
 
 
@@ -101,11 +110,12 @@ def take_waiting(keys: Sequence[Key], *, shared: bool, xact: bool, timeout: Mayb
     """Take all the keys in this order, waiting at most ``timeout`` seconds over all of them.
 
     Unset keeps the ``lock_timeout`` in force. Running out is PostgreSQL's error 55P03. Within a
-    transaction of somebody else's, the setting is put back as it was.
+    transaction of somebody else's, the setting is put back as it was. The column before the answer tells
+    how long the server took, in seconds.
     """
     statement = Statement()
     lock = _function("advisory_lock", shared=shared, xact=xact)
-    columns = []
+    columns = statement.columns
     for position, key in enumerate(keys):
         if timeout is None and not position:
             columns.append("set_config('lock_timeout', '0', true)")
@@ -115,7 +125,7 @@ def take_waiting(keys: Sequence[Key], *, shared: bool, xact: bool, timeout: Mayb
     if xact and timeout is not UNSET:
         columns.append("set_config('lock_timeout', before, true)")
         statement.source = " FROM (SELECT current_setting('lock_timeout') AS before OFFSET 0) AS settings"
-    statement.columns = f"{', '.join(columns)}, true"
+    columns += [ELAPSED, "true"]
     return statement
 
 
@@ -125,5 +135,5 @@ def give_back(keys: Sequence[Key], *, shared: bool) -> Statement:
     unlock = _function("advisory_unlock", shared=shared)
     # An array, because AND would skip the rest after the first false.
     answers = ", ".join(statement.call(unlock, key) for key in reversed(keys))
-    statement.columns = f"true = ALL (ARRAY[{answers}])"
+    statement.columns = [f"true = ALL (ARRAY[{answers}])"]
     return statement

@@ -12,6 +12,7 @@ from celery_pglock import hooks, runs
 from celery_pglock.conflicts import without_our_headers
 from celery_pglock.durations import UNSET
 from celery_pglock.errors import LockMisuse, LockNotAcquired
+from celery_pglock.held_locks import HeldLock
 from celery_pglock.locks import advisory
 from celery_pglock.task_options import TaskOptions, options_of, states_an_option
 
@@ -43,6 +44,13 @@ class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs
     """Alias whose server keeps the lock. Unset: ``CELERY_PGLOCK["USING"]``, which is ``"default"``."""
     lock_on_direct_call: ClassVar[bool] = False
     """Whether calling the task like a function takes the lock, too."""
+    lock_on_lost: ClassVar[Any] = UNSET
+    """What happens when the lock's session is lost during the body: ``"interrupt"`` raises ``LockLost`` in it
+    where that is safe (prefork and solo, on Linux), ``"fail"`` fails the task at its end, ``"warn"`` only
+    tells. Unset: ``CELERY_PGLOCK["ON_LOST"]``, which is ``"interrupt"``."""
+    lock_strict: ClassVar[Any] = UNSET
+    """Whether the lock comes with a fencing token, and stays with nobody for a while after a holder that did
+    not leave in order. Unset: ``CELERY_PGLOCK["STRICT"]``, which is ``False``."""
 
     _lock_options: ClassVar[Any] = UNSET
     _next_call_is_celerys: ClassVar[bool] = True
@@ -81,6 +89,11 @@ class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs
         if options is None or (is_direct_call and not options.on_direct_call):
             return body(*args, **kwargs)
         return runs.run(self, options, body, args, kwargs, is_direct_call=is_direct_call)
+
+    @property
+    def lock(self) -> HeldLock:
+        """The lock under which the body runs; ``LockMisuse`` outside of it."""
+        return runs.lock_of(self)
 
     def lock_for(self, *args: Any, **kwargs: Any) -> advisory:
         """The lock of a call with these arguments, to be asked or taken: it is a value, and takes nothing."""

@@ -10,7 +10,7 @@ from string import Formatter
 from typing import Any, Final
 
 from celery_pglock.argument_texts import MEMORY_ADDRESS, UnstableText, canonical_text, plain
-from celery_pglock.config import check_alias, current
+from celery_pglock.config import check_alias, check_on_lost, current
 from celery_pglock.durations import UNSET, seconds
 from celery_pglock.errors import LockMisuse, did_you_mean
 from celery_pglock.locks import advisory, check_limit
@@ -26,10 +26,12 @@ OPTIONS: Final = {
     "lock_side_effect": UNSET,
     "lock_using": UNSET,
     "lock_on_direct_call": False,
+    "lock_on_lost": UNSET,
+    "lock_strict": UNSET,
 }
 
 # Named by the reference, built later: refused rather than silently without effect.
-NOT_AVAILABLE: Final = ("lock_on_lost", "lock_strict", "lock_priority")
+NOT_AVAILABLE: Final = ("lock_priority",)
 
 # The methods of a task that share the options' prefix.
 METHODS: Final = ("lock_for", "lock_options")
@@ -60,6 +62,16 @@ class TaskOptions:
     side_effect: Any
     using: Any
     on_direct_call: bool
+    on_lost: Any
+    strict: Any
+
+    def alias(self) -> str:
+        """The alias in ``DATABASES`` whose server keeps the lock."""
+        return str(current().USING if self.using is UNSET else self.using)
+
+    def what_if_lost(self) -> str:
+        """What happens when the lock's session is lost during the body."""
+        return str(current().ON_LOST if self.on_lost is UNSET else self.on_lost)
 
     def effect(self) -> SideEffect:
         """What the task does when its lock is taken."""
@@ -73,14 +85,19 @@ class TaskOptions:
         settings = current()
         limit = self.limit(*args, **kwargs) if callable(self.limit) else self.limit
         check_limit(limit, "lock_limit")
-        return advisory(
+        # A transaction-level lock needs no token: its work is rolled back with it.
+        strict = settings.STRICT and not self.xact if self.strict is UNSET else self.strict
+        if strict and (self.shared or limit > 1):
+            raise _not_strict(self.task_name)
+        lock = advisory(
             *self._identifiers(args, kwargs),
             shared=self.shared,
             xact=self.xact,
             limit=limit,
-            using=settings.USING if self.using is UNSET else self.using,
+            using=self.alias(),
             timeout=settings.TIMEOUT if self.timeout is UNSET else self.timeout,
         )
+        return lock.strictly() if strict else lock
 
     def _identifiers(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         if self.by is not None:
@@ -157,6 +174,10 @@ def options_of(task: type[Any]) -> TaskOptions:
         for name in ("lock_shared", "lock_xact", "lock_on_direct_call"):
             if not isinstance(given[name], bool):
                 raise LockMisuse(f"{name} must be True or False, not {given[name]!r}.")
+        if given["lock_strict"] is not UNSET and not isinstance(given["lock_strict"], bool):
+            raise LockMisuse(f"lock_strict must be True or False, not {given['lock_strict']!r}.")
+        if given["lock_on_lost"] is not UNSET:
+            check_on_lost(given["lock_on_lost"], "lock_on_lost")
         if given["lock_using"] is not UNSET:
             check_alias(given["lock_using"], "lock_using")
         if given["lock_timeout"] is not UNSET:
@@ -167,6 +188,14 @@ def options_of(task: type[Any]) -> TaskOptions:
         raise _wrong(task, str(misuse)) from None
     if given["lock_shared"] and limit != 1:
         raise _wrong(task, "shared holders are not counted: use lock_shared or lock_limit, not both.")
+    if given["lock_strict"] is True and (given["lock_shared"] or limit != 1):
+        raise _not_strict(task.name)
+    for name in ("lock_on_lost", "lock_strict"):
+        if given["lock_xact"] and given[name] not in (UNSET, False):
+            raise _wrong(
+                task,
+                f"{name} is for session-level locks: with lock_xact the work is rolled back with the lock.",
+            )
     return TaskOptions(
         task_name=task.name,
         signature=signature,
@@ -179,12 +208,21 @@ def options_of(task: type[Any]) -> TaskOptions:
         side_effect=given["lock_side_effect"],
         using=given["lock_using"],
         on_direct_call=given["lock_on_direct_call"],
+        on_lost=given["lock_on_lost"],
+        strict=given["lock_strict"],
     )
 
 
 def states_an_option(task: type[Any]) -> bool:
     """Whether an option was given to this very task, not to a base class for many."""
     return any(name in vars(task) for name in OPTIONS)
+
+
+def _not_strict(task_name: str) -> LockMisuse:
+    return LockMisuse(
+        f"Task {task_name}: a fencing token is one holder's alone: lock_strict (or CELERY_PGLOCK['STRICT']) "
+        f"does not go with lock_shared or lock_limit. Set lock_strict=False on this task, or leave those out."
+    )
 
 
 def _wrong(task: type[Any], why: str) -> LockMisuse:

@@ -9,8 +9,10 @@ from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
+from psycopg.pq import TransactionStatus
 
 from celery_pglock import labels
+from celery_pglock.raw_connections import cancel
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,15 @@ def _buildable_connections() -> Iterator[Any]:
         # An alias whose driver is missing is none of this task's business.
         with suppress(ImproperlyConfigured, ImportError):
             yield connections[alias]
+
+
+def close_what_was_interrupted() -> None:
+    """Close the connections of this thread on which a statement was interrupted, and cancel it."""
+    for connection in connections.all(initialized_only=True):
+        raw = connection.connection if connection.vendor == "postgresql" else None
+        if raw is not None and raw.pgconn.transaction_status == TransactionStatus.ACTIVE:
+            cancel(raw)
+            connection.close()
 
 
 def roll_back_what_was_left(task: str) -> None:

@@ -257,7 +257,7 @@ class TestEager:
         assert loses.apply().get() == "finished"
         signals.lock_lost.disconnect(note)
         assert told == [(loses.name, "k")]
-        assert "ran on without lock 'k'" in caplog.text
+        assert "lost lock 'k' before it gave it back: the server ended it" in caplog.text
 
     def test_a_disabled_lock_is_no_conflict(self, pglock_settings):
         told = []

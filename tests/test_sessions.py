@@ -75,7 +75,7 @@ class TestPool:
             assert rival.ask(LOCK_SESSIONS) == 3
 
     def test_an_idle_session_is_closed_after_a_while(self, rival, monkeypatch):
-        monkeypatch.setattr("celery_pglock.pool.IDLE_SECONDS", 0.3)
+        monkeypatch.setattr("celery_pglock.sessions.IDLE_SECONDS", 0.3)
         with advisory("x"):
             pass
         assert rival.ask(LOCK_SESSIONS) == 1
@@ -184,9 +184,9 @@ class TestRoundTrips:
     def test_one_statement_takes_and_one_gives_back(self, rival, lock):
         with advisory("warm up"):
             session = pool().leased["default"]
-        assert len(statements_logged_by_the_server(session._connection, lambda: lock.acquire())) == 1
+        assert len(statements_logged_by_the_server(session._line.connection, lambda: lock.acquire())) == 1
         assert rival.sees_advisory_locks() == len(lock.keys)
-        assert len(statements_logged_by_the_server(session._connection, lock.release)) == 1
+        assert len(statements_logged_by_the_server(session._line.connection, lock.release)) == 1
         assert not rival.sees_advisory_locks()
 
     @pytest.mark.parametrize("timeout", [0, 5])
@@ -210,7 +210,7 @@ class TestRoundTrips:
                 with advisory("a"):
                     pass
 
-            assert statements_logged_by_the_server(session._connection, nest) == []
+            assert statements_logged_by_the_server(session._line.connection, nest) == []
 
 
 class TestInterrupts:
@@ -231,7 +231,7 @@ class TestInterrupts:
             interrupt(0.3)
             with pytest.raises(Interrupted):
                 advisory("taken").acquire()
-            assert rival.could_take("outer")
+            wait_until(lambda: rival.could_take("outer"))
 
     def test_an_error_of_the_server_while_waiting_is_no_refusal(self, rival):
         rival.take("taken")
@@ -309,13 +309,13 @@ def test_garbage_that_gives_a_lock_back_does_not_deadlock_the_pool(rival, pooled
     assert rival.could_take("k")
 
 
-def test_a_thread_that_cannot_be_started_costs_the_idle_session_only(rival, pooled, monkeypatch):
+def test_nothing_is_taken_where_no_thread_can_be_started_to_watch_it(rival, pooled, monkeypatch):
     def refuse(_):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("threading.Thread.start", refuse)
-    with advisory("k"):
-        pass
+    with pytest.raises(RuntimeError, match="can't start new thread"), advisory("k"):
+        pytest.fail("it must not run")
     wait_until(lambda: rival.ask(LOCK_SESSIONS) == 0)
 
 

@@ -30,7 +30,7 @@ def test_a_misspelt_setting_is_refused_with_a_guess(pglock_settings):
 
 
 def test_a_setting_that_is_not_built_yet_is_refused(pglock_settings):
-    pglock_settings(LEASE=30)
+    pglock_settings(RETENTION=30)
     with pytest.raises(LockMisuse, match="not available in this version"):
         config.current()
 
@@ -46,6 +46,12 @@ def test_a_setting_that_is_not_built_yet_is_refused(pglock_settings):
         ({"SHOW_NAMES": 1}, "must be True or False"),
         ({"USING": "lock"}, "not in DATABASES. Did you mean 'locks'"),
         ({"USING": "sqlite"}, "not PostgreSQL"),
+        ({"LEASE": 0.5}, "between 1 and 3600 seconds"),
+        ({"LEASE": None}, "between 1 and 3600 seconds"),
+        ({"LEASE": "30"}, "LEASE"),
+        ({"POOLER": "transaction"}, "must be None or 'session'"),
+        ({"ON_LOST": "warm"}, "Did you mean 'warn'"),
+        ({"STRICT": 1}, "must be True or False"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_found_by_the_check(pglock_settings, values, message):

@@ -18,7 +18,7 @@ def test_skips_are_counted_per_key_task_and_hour(rival):
     }
     count = SkipCount.objects.get(key="a")
     assert (count.hour.minute, count.hour.second) == (0, 0)
-    assert "skipped 2 times for 'a'" in str(count)
+    assert "skips: 2 for 'a'" in str(count)
 
 
 def test_a_worker_counts_them(worker, rival):

@@ -1,0 +1,168 @@
+"""The line to a lock session's server, and whether its holder may still believe in it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import psycopg
+from django.db import OperationalError, connections
+from psycopg.pq import TransactionStatus
+
+from celery_pglock import polls
+from celery_pglock.clocks import now
+from celery_pglock.raw_connections import cancel
+
+# Fractions of the lease: how often a holder makes itself heard, and after which silence it gives up. The
+# server ends the session after a whole one, which it counts from later than the holder does.
+BEAT: Final = 1 / 6
+GIVE_UP: Final = 0.6
+
+
+class Lifeline:
+    """A connection on which one thread speaks at a time, while a watcher listens.
+
+    ``lease`` is in seconds: the server ends a session that has been silent for so long, and its holder gives
+    it up before that. ``loss`` says why it was given up; empty while it is not.
+    """
+
+    def __init__(self, alias: str, connection: psycopg.Connection[Any], lease: float) -> None:
+        self.alias = alias
+        self.connection = connection
+        self.lease = lease
+        self.loss = ""
+        # Held while anybody uses the connection: libpq is not made for two threads.
+        self.speaking = threading.RLock()
+        self.socket = connection.fileno()
+        self._heard_at = now()
+        self._answer_by: float | None = None
+        self._beat_at: float | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        return self.connection.closed
+
+    @property
+    def is_believed(self) -> bool:
+        """Whether the server cannot have ended the session yet, as far as is known without asking it."""
+        return not (self.loss or self.is_closed or self._silence >= GIVE_UP * self.lease)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.connection.pgconn.transaction_status == TransactionStatus.IDLE
+
+    @property
+    def events(self) -> int:
+        """What the watcher waits for on the socket."""
+        return polls.ENDED if self._beat_at is None else polls.ENDED | polls.READABLE
+
+    @property
+    def _silence(self) -> float:
+        return now() - self._heard_at
+
+    def ask(self, sql: str, parameters: Sequence[object], *, wait: float | None = 0) -> list[tuple[Any, ...]]:
+        """The rows of a statement that may take the server ``wait`` seconds; ``None`` sets no bound.
+
+        Raises Django's errors. If the server does not answer in time the watcher shuts the line down, which
+        is an OperationalError here.
+        """
+        self._await_beat()
+        if self.loss:
+            raise OperationalError(f"The lock session is lost: {self.loss}.")
+        sent = now()
+        self._answer_by = None if wait is None else sent + wait + GIVE_UP * self.lease
+        try:
+            # Asked for each time: Django's wrapper belongs to a thread, and a session goes between them.
+            with connections[self.alias].wrap_database_errors:
+                rows = self.connection.execute(sql, parameters).fetchall()
+        finally:
+            self._answer_by = None
+        self._heard_at = sent
+        return rows
+
+    def was_answered_after(self, seconds: float) -> None:
+        """The server took so long for the last statement, and only then began to wait for the next."""
+        self._heard_at = min(self._heard_at + seconds, now())
+
+    def lose(self, reason: str) -> None:
+        """Give the session up; the first reason stays."""
+        self.loss = self.loss or reason
+
+    def listen(self, beat: Callable[[], str] | None) -> None:
+        """Notice the end, make the session heard with the statement ``beat``, or give it up; never waits.
+
+        ``beat`` is None where there is nothing to lose, and asked while nobody else speaks.
+        """
+        if polls.look({self.socket: polls.ENDED}):
+            self.lose("the server ended it")
+        elif self._answer_by is not None and now() > self._answer_by:
+            self._shut_down()
+        elif beat is not None and self._silence >= GIVE_UP * self.lease:
+            self.lose(self._how_silent())
+        elif self.speaking.acquire(blocking=False):
+            try:
+                self._beat(beat)
+            except psycopg.Error as error:
+                self.lose(str(error).strip())
+            finally:
+                self.speaking.release()
+
+    def read_what_came_unasked(self) -> None:
+        """News of a setting that was reloaded, or the server's farewell."""
+        try:
+            while not self.is_closed and polls.look({self.socket: polls.READABLE}):
+                self.connection.pgconn.consume_input()
+        except psycopg.OperationalError as error:
+            self.lose(str(error).strip())
+
+    def close(self) -> None:
+        """End the session at once, whatever it may be doing."""
+        with self.speaking:
+            if self._beat_at is None and not self.loss:
+                cancel(self.connection)
+            self.connection.close()
+
+    def _beat(self, beat: Callable[[], str] | None) -> None:
+        if self._beat_at is not None:
+            self._hear()
+        elif beat is not None and self._silence >= BEAT * self.lease and self.is_idle:
+            sent = now()
+            self.connection.pgconn.send_query(beat().encode())
+            self.connection.pgconn.flush()
+            self._beat_at = sent
+
+    def _await_beat(self) -> None:
+        while self._beat_at is not None and not self.loss:
+            left = GIVE_UP * self.lease - self._silence
+            if left <= 0 or not polls.wait({self.socket: polls.READABLE}, left):
+                self.lose(self._how_silent())
+                return
+            try:
+                self._hear()
+            except psycopg.OperationalError as error:
+                self.lose(str(error).strip())
+
+    def _hear(self) -> None:
+        pgconn = self.connection.pgconn
+        pgconn.consume_input()
+        while not pgconn.is_busy():
+            if pgconn.get_result() is None:
+                assert self._beat_at is not None
+                self._heard_at, self._beat_at = self._beat_at, None
+                return
+
+    def _shut_down(self) -> None:
+        # Whoever waits for the answer is woken by this; closing would pull the descriptor from under them.
+        self.lose(self._how_silent())
+        with socket.socket(fileno=os.dup(self.socket)) as line:
+            try:
+                line.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                # The other side was faster.
+                return
+
+    def _how_silent(self) -> str:
+        return f"the server has not been heard for {self._silence:.1f} s"
