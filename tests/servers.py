@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -43,14 +43,17 @@ def _folder() -> Iterator[Path]:
 
 
 class _Server:
-    """Runs from ``with`` on; what is in ``_resources`` ends with the block, or when entering it fails."""
+    """Runs from ``with`` on, on one port; all that it needs ends with the block, or if entering fails."""
 
     port: int
+    process: subprocess.Popen[bytes]
 
     def __enter__(self) -> Self:
         with ExitStack() as resources:
-            self._resources = resources
-            self._prepare()
+            folder = resources.enter_context(_folder())
+            self._running = resources.enter_context(ExitStack())
+            self.port = servers.free_port()
+            self._prepare(folder)
             self.start()
             self._resources = resources.pop_all()
         return self
@@ -60,42 +63,39 @@ class _Server:
     ) -> None:
         self._resources.close()
 
-    def _prepare(self) -> None:
-        raise NotImplementedError
-
-    def start(self) -> None:
-        raise NotImplementedError
-
     @property
     def url(self) -> str:
         return servers.postgresql_url(self.port)
 
+    def start(self) -> None:
+        self.process = self._running.enter_context(self._serving())
+
+    def stop(self) -> None:
+        self._running.close()
+
+    def _prepare(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def _serving(self) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        raise NotImplementedError
+
 
 class Cluster(_Server):
-    """A PostgreSQL cluster; its port stays the same however often it is started.
+    """A PostgreSQL cluster; ``process`` is its postmaster.
 
     ``version`` is one that example_project embeds; unnamed it is the one that the tests run against.
-    ``process`` is the postmaster.
     """
-
-    process: subprocess.Popen[bytes]
 
     def __init__(self, version: str | None = None) -> None:
         self.version = version or version_of_the_tests()
-        self._running = ExitStack()
 
-    def _prepare(self) -> None:
-        folder = self._resources.enter_context(_folder())
+    def _prepare(self, folder: Path) -> None:
         self._home, self._user = servers.readable_postgresql(self.version, folder)
         self._data = folder / "postgresql"
         servers.initialize(self._home, self._data, self._user)
-        self.port = servers.free_port()
-        self._resources.callback(self._running.close)
 
-    def start(self) -> None:
-        self.process = self._running.enter_context(
-            servers.serving(self._home, self._data, self.port, self._user)
-        )
+    def _serving(self) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        return servers.serving(self._home, self._data, self.port, self._user)
 
     def stop(self, mode: str = "fast") -> None:
         """Stop it as ``pg_ctl`` would: "immediate" is a crash, and "smart" waits for the clients to leave.
@@ -105,7 +105,7 @@ class Cluster(_Server):
         self.process.send_signal(STOP_SIGNALS[mode])
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(servers.STOP_SECONDS)
-        self._running.close()
+        super().stop()
 
     def restart(self, mode: str = "fast") -> None:
         self.stop(mode)
@@ -125,8 +125,7 @@ class Standby(Cluster):
         super().__init__(primary.version)
         self._primary = primary
 
-    def _prepare(self) -> None:
-        folder = self._resources.enter_context(_folder())
+    def _prepare(self, folder: Path) -> None:
         self._home, self._user = self._primary._home, self._primary._user
         self._data = folder / "standby"
         servers.own_folder(self._data, self._user)
@@ -134,8 +133,6 @@ class Standby(Cluster):
         command += ["-D", self._data, "--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
         subprocess.run(command, check=True, cwd=folder, **servers.as_user(self._user))
         self._data.chmod(0o700)
-        self.port = servers.free_port()
-        self._resources.callback(self._running.close)
 
     def promote(self) -> None:
         """Make it a primary; returns when it takes writes."""
@@ -179,27 +176,18 @@ class PgBouncer(_Server):
         if password:
             self._database += f" password={password}"
 
-    def _prepare(self) -> None:
-        self._folder = self._resources.enter_context(_folder())
-        self.port = servers.free_port()
+    def _prepare(self, folder: Path) -> None:
         lines = [f"{name} = {value}" for name, value in {**self._settings, "listen_port": self.port}.items()]
-        self._ini = self._folder / "pgbouncer.ini"
+        self._ini = folder / "pgbouncer.ini"
         self._ini.write_text("\n".join(["[databases]", self._database, "[pgbouncer]", *lines, ""]))
 
-    def start(self) -> None:
+    def _serving(self) -> AbstractContextManager[subprocess.Popen[bytes]]:
         program = pgbouncer_program()
         assert program, "pgbouncer is not installed: apt-get install pgbouncer"
         # It refuses to run as root.
-        user = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
-        self._resources.enter_context(
-            servers.server(
-                [program, self._ini],
-                self._folder / "pgbouncer.log",
-                self._answers,
-                stop=signal.SIGTERM,
-                **servers.as_user(user),
-            )
-        )
+        user = servers.as_user(pwd.getpwnam("nobody") if os.geteuid() == 0 else None)
+        log = self._ini.with_suffix(".log")
+        return servers.server([program, self._ini], log, self._answers, stop=signal.SIGTERM, **user)
 
     def _answers(self) -> bool:
         with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
