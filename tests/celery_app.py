@@ -8,4 +8,4 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tests.settings")
 
 app = Celery("tests")
 app.config_from_object("django.conf:settings", namespace="CELERY")
-app.autodiscover_tasks(["tests"], related_name="worker_tasks")
+app.autodiscover_tasks(["tests"], related_name=os.environ.get("TASKS", "worker_tasks"))

@@ -159,7 +159,7 @@ def running_worker(
         worker = Worker(process, Path(log.name), queue)
         try:
             wait_until(lambda: " ready." in worker.log or process.poll() is not None, "the worker is ready")
-            assert process.poll() is None, worker.log
+            assert process.poll() is None, f"exit code {process.returncode}: {worker.log}"
             yield worker
         finally:
             # How workers end politely is the claim of other tests.
