@@ -8,12 +8,12 @@ from typing import Any
 
 from celery import current_app
 from django.core import checks
-from django.db import DatabaseError, connections
+from django.db import DatabaseError
 
 from celery_pglock import config
 from celery_pglock.errors import LockMisuse
 from celery_pglock.raw_connections import OnStandby, check_exclusion, check_vendor
-from celery_pglock.task_options import task_side_effect
+from celery_pglock.task_options import session_level_aliases, task_side_effect
 
 _binding_all_tasks = ContextVar("_binding_all_tasks", default=False)
 
@@ -58,24 +58,28 @@ def tasks_can_work(**_: Any) -> list[checks.CheckMessage]:
 
 
 def locks_exclude(databases: Sequence[str] | None = None, **_: Any) -> list[checks.CheckMessage]:
-    """``celery_pglock.E003``: session-level locks through an alias would not exclude.
+    """``celery_pglock.E003``: session-level locks of tasks, through this alias, would not exclude.
 
     Connects, so only for ``manage.py check --database``.
     """
-    found: list[checks.CheckMessage] = []
-    for alias in databases or ():
-        if connections[alias].vendor != "postgresql":
-            continue
-        try:
-            check_exclusion(alias, config.current().lease)
-        except (LockMisuse, OnStandby) as error:
-            found.append(checks.Error(str(error), obj=f"DATABASES[{alias!r}]", id="celery_pglock.E003"))
-        except DatabaseError as error:
-            found.append(
-                checks.Warning(
-                    f"It could not be seen whether locks exclude: {str(error).strip()}",
-                    obj=f"DATABASES[{alias!r}]",
-                    id="celery_pglock.W001",
-                )
-            )
-    return found
+    if not databases:
+        return []
+    try:
+        current_app.loader.import_default_modules()
+        aliases = session_level_aliases(current_app).intersection(databases)
+    except LockMisuse:
+        # tasks_can_work() tells.
+        return []
+    return [message for alias in sorted(aliases) for message in _exclusion(alias)]
+
+
+def _exclusion(alias: str) -> list[checks.CheckMessage]:
+    where = f"DATABASES[{alias!r}]"
+    try:
+        check_exclusion(alias, config.current().lease)
+    except (LockMisuse, OnStandby) as error:
+        return [checks.Error(str(error), obj=where, id="celery_pglock.E003")]
+    except DatabaseError as error:
+        message = f"Whether locks exclude could not be seen: {str(error).strip()}"
+        return [checks.Warning(message, obj=where, id="celery_pglock.W001")]
+    return []

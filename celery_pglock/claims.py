@@ -23,7 +23,7 @@ from celery_pglock.keys import Key
 from celery_pglock.labels import Holding, Owner
 from celery_pglock.lifelines import GIVE_UP
 from celery_pglock.pool import pool
-from celery_pglock.raw_connections import cancel, check_vendor
+from celery_pglock.raw_connections import cancel, check_vendor, on_standby
 from celery_pglock.sessions import REFUSALS, TIMED_OUT, Gain, LockSession, Refused
 from celery_pglock.statements import Statement
 
@@ -287,7 +287,9 @@ class Claim:
             with transaction.atomic(self.using) if fragile else nullcontext():
                 with connections[self.using].cursor() as cursor:
                     cursor.execute(*self._labelled(statement, owner))
-                    answer = cursor.fetchone()[-1]
+                    is_standby, *_, answer = cursor.fetchone()
+                if is_standby:
+                    raise on_standby(self.using)
                 if fragile and not answer:
                     transaction.set_rollback(rollback=True, using=self.using)
         except DatabaseError as error:
@@ -306,13 +308,13 @@ class Claim:
     def _labelled(self, statement: Statement, owner: Owner) -> tuple[str, list[int | str]]:
         """The statement with what tells a task's transaction from others, to the end of the transaction."""
         if not owner.task_id:
-            return f"SELECT {statement.select}", statement.parameters
+            return f"SELECT pg_is_in_recovery(), {statement.select}", statement.parameters
         since = time.time()
         holdings = [Holding(key, since) for key in self.keys]
         comment = labels.comment(owner, holdings, show_names=current().SHOW_NAMES)
         name = labels.application_name(labels.WORK_CONNECTION, owner.task_id)
-        sql = f"{comment.replace('%', '%%')} SELECT set_config('application_name', %s, true), "
-        return f"{sql}{statement.select}", [name, *statement.parameters]
+        columns = f"pg_is_in_recovery(), set_config('application_name', %s, true), {statement.select}"
+        return f"{comment.replace('%', '%%')} SELECT {columns}", [name, *statement.parameters]
 
     def _timeout_in_force(self) -> float | None:
         if self.xact:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from django.db import connections
 from django.utils.asyncio import async_unsafe
 
 from celery_pglock import labels
@@ -88,17 +89,29 @@ def explanation(
 
 
 @async_unsafe("A lock session belongs to a thread, which coroutines share: ask inside of sync_to_async().")
-def find(keys: Sequence[Key], using: str) -> tuple[Holder, ...]:
-    """Everybody who holds one of the keys or waits for it: holders first, then waiters in their order."""
+def find(keys: Sequence[Key], using: str, *, xact: bool) -> tuple[Holder, ...]:
+    """Everybody who holds one of the keys or waits for it: holders first, then waiters in their order.
+
+    Asked where the lock itself would be taken: through a pooler nothing else may be possible.
+    """
+    numbers = [[key.objsubid for key in keys], [key.classid for key in keys], [key.objid for key in keys]]
+    rows = _rows_in_transaction(using, numbers) if xact else _rows_in_session(using, numbers)
+    return tuple(_holder(row, keys) for row in rows)
+
+
+def _rows_in_transaction(using: str, numbers: Sequence[list[int]]) -> list[tuple[Any, ...]]:
+    with connections[using].cursor() as cursor:
+        cursor.execute(LOCKS_ON_KEYS, numbers)
+        rows: list[tuple[Any, ...]] = cursor.fetchall()
+    return rows
+
+
+def _rows_in_session(using: str, numbers: Sequence[list[int]]) -> list[tuple[Any, ...]]:
     session = pool().lease(using, Owner())
     try:
-        rows = session.rows(
-            LOCKS_ON_KEYS,
-            [[key.objsubid for key in keys], [key.classid for key in keys], [key.objid for key in keys]],
-        )
+        return session.rows(LOCKS_ON_KEYS, numbers)
     finally:
         pool().give_back(session)
-    return tuple(_holder(row, keys) for row in rows)
 
 
 def _holder(row: Sequence[Any], keys: Iterable[Key]) -> Holder:

@@ -13,7 +13,7 @@ from celery_pglock.errors import LockMisuse
 from celery_pglock.locks import forget_what_was_left
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.raw_connections import OnStandby, check_exclusion
-from celery_pglock.task_options import TaskOptions
+from celery_pglock.task_options import session_level_aliases
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def _refuse_what_cannot_work(sender: Any = None, **_: Any) -> None:
     # SystemExit, because Celery only logs any other exception of a receiver.
     try:
         settings = config.current()
-        for alias in _aliases_of_session_level_locks(sender.app):
+        for alias in session_level_aliases(sender.app):
             _check_exclusion(alias, settings.lease)
     except LockMisuse as misuse:
         raise SystemExit(str(misuse)) from None
@@ -41,13 +41,6 @@ def _refuse_what_cannot_work(sender: Any = None, **_: Any) -> None:
             "celery_pglock does not work with the eventlet pool: waiting for PostgreSQL would block every "
             "other task. Use --pool=gevent, prefork, threads or solo."
         )
-
-
-def _aliases_of_session_level_locks(app: Any) -> set[str]:
-    app.finalize(auto=True)
-    # Reading a task's app binds the task.
-    options = [getattr(task, "_lock_options", None) for task in app.tasks.values() if task.app]
-    return {one.alias() for one in options if isinstance(one, TaskOptions) and not one.xact}
 
 
 def _check_exclusion(alias: str, lease: float) -> None:

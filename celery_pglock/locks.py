@@ -182,7 +182,7 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
     def explain(self) -> Explanation:
         """Whether it could be taken now; who holds it, and who waits for it."""
         slots_by_key = [key.slots(self.limit) for key in self.keys]
-        found = holders.find([slot for slots in slots_by_key for slot in slots], self.using)
+        found = holders.find([slot for slots in slots_by_key for slot in slots], self.using, xact=self.xact)
         return holders.explanation(self.name, slots_by_key, found, shared=self.shared)
 
     def _obtained(self, *, open_transaction: bool) -> Hold | None:

@@ -20,6 +20,9 @@ CANCEL_SECONDS = 1.0
 # Where the alias sets none: psycopg's own is over two minutes.
 CONNECT_SECONDS = 10
 
+# How often a pooler that is said to run in session mode is asked for a backend that it lent already.
+PROBES = 3
+
 TRANSACTION_TIMEOUT_SINCE = 170000
 OLDEST_SERVER = 140000
 
@@ -61,15 +64,17 @@ def connect(alias: str, application_name: str, lease: float) -> tuple[psycopg.Co
         "context": None,
         "prepare_threshold": None,
         "autocommit": True,
-        "application_name": application_name,
     }
-    settings = _session_settings(lease)
+    settings = _session_settings(lease) | {"application_name": application_name}
     if role := django_connection.settings_dict["OPTIONS"].get("assume_role"):
         settings["role"] = role
     with django_connection.wrap_database_errors:
         connection = psycopg.connect(**parameters)
         try:
             backend_pid = _prepare(alias, connection, settings)
+            if backend_pid != connection.info.backend_pid:
+                with psycopg.connect(**parameters) as neighbour:
+                    _check_session_mode(alias, backend_pid, connection, neighbour)
         except BaseException:
             connection.close()
             raise
@@ -81,6 +86,15 @@ def check_exclusion(alias: str, lease: float) -> None:
     connect(alias, "pglock", lease)[0].close()
 
 
+def on_standby(alias: str) -> OnStandby:
+    """The error that tells where to lock instead."""
+    return OnStandby(
+        f"The server of the database alias {alias!r} is a standby (in recovery): locks taken there exclude "
+        f"nobody on the primary. Point the alias at the primary, for example with "
+        f"'target_session_attrs': 'read-write' in its OPTIONS."
+    )
+
+
 def pooled(alias: str) -> LockMisuse:
     """The error that tells how to do without session-level locks through a pooler."""
     return LockMisuse(
@@ -90,6 +104,17 @@ def pooled(alias: str) -> LockMisuse:
         f"transaction-level locks (lock_xact=True, XactAdvisoryTask, advisory(..., xact=True)); or, if it "
         f"does run in session mode, say so by CELERY_PGLOCK['POOLER'] = 'session'."
     )
+
+
+def _check_session_mode(
+    alias: str, backend_pid: int, connection: psycopg.Connection[Any], neighbour: psycopg.Connection[Any]
+) -> None:
+    """Refuse a pooler that lets two connections share a session: it does not run in session mode."""
+    for asked, is_ours in [(connection, True), (neighbour, False)] * PROBES:
+        row = asked.execute("SELECT pg_backend_pid()").fetchone()
+        assert row is not None
+        if (row[0] == backend_pid) is not is_ours:
+            raise pooled(alias)
 
 
 def _session_settings(lease: float) -> dict[str, str]:
@@ -129,11 +154,7 @@ def _prepare(alias: str, connection: psycopg.Connection[Any], settings: dict[str
     if prepared is None:
         raise pooled(alias)
     if is_standby:
-        raise OnStandby(
-            f"The server of the database alias {alias!r} is a standby (in recovery): locks taken there "
-            f"exclude nobody on the primary. Point the alias at the primary, for example with "
-            f"'target_session_attrs': 'read-write' in its OPTIONS."
-        )
+        raise on_standby(alias)
     return int(backend_pid)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from django.db import DatabaseError, OperationalError
-from psycopg.errors import DeadlockDetected, LockNotAvailable
+from psycopg.errors import DeadlockDetected, LockNotAvailable, UndefinedTable
 
 from celery_pglock import clocks, fences, labels, statements
 from celery_pglock.config import current
@@ -344,6 +344,11 @@ class LockSession:
         except DatabaseError as error:
             if reason := REFUSALS.get(type(error.__cause__)):
                 raise Refused(reason) from None
+            if isinstance(error.__cause__, UndefinedTable):
+                raise LockMisuse(
+                    f"Strict locks keep a row for each key, and alias {self.alias!r} has no table for them: add "
+                    f"'celery_pglock' to INSTALLED_APPS and run manage.py migrate --database={self.alias}."
+                ) from None
             raise
         if row[0] != self._backend_pid:
             raise pooled(self.alias)

@@ -213,6 +213,14 @@ def options_of(task: type[Any]) -> TaskOptions:
     )
 
 
+def session_level_aliases(app: Any) -> set[str]:
+    """The aliases whose servers keep session-level locks of the app's tasks; binds all its tasks."""
+    app.finalize(auto=True)
+    # Reading a task's app binds the task.
+    options = [getattr(task, "_lock_options", None) for task in app.tasks.values() if task.app]
+    return {one.alias() for one in options if isinstance(one, TaskOptions) and not one.xact}
+
+
 def states_an_option(task: type[Any]) -> bool:
     """Whether an option was given to this very task, not to a base class for many."""
     return any(name in vars(task) for name in OPTIONS)
