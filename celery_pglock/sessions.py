@@ -303,7 +303,7 @@ class LockSession:
         wait = timeout if isinstance(timeout, float | int) else None
         if strict:
             statement = fences.take(statement, fresh, self.owner.task_id, self.lease)
-            wait = None if wait is None else wait + self.lease
+            wait = None if wait is None else wait + fences.TAKE_TIMEOUT * self.lease
         row = self._answer(statement, self._holdings(fresh), wait=wait)
         if not row[-1]:
             return None
@@ -328,7 +328,7 @@ class LockSession:
             kept = None
             if tokens and in_order:
                 try:
-                    kept = self._answer(fences.give_back(statement, tokens), remaining)[-1]
+                    kept = self._answer(fences.give_back(statement, tokens, self.lease), remaining)[-1]
                 except Refused:
                     logger.warning("A transaction is still open in which a token guards: %s", _names(last))
             if kept is None:
