@@ -176,6 +176,9 @@ def _run_held(
         _drop_a_copy_of_what_succeeded(this)
         if refusal:
             return refusal
+        if loss := hold.loss:
+            hold.empty(None)
+            return Outage(OperationalError(f"The lock was lost before the body began: {loss}."))
         # A direct call has no request of its own: there is nothing to hang this on, nor to send.
         if not this.is_direct_call:
             request.pglock_held_back = held_back
