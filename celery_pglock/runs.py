@@ -152,7 +152,11 @@ def _attempt(this: Run, body: Body, args: Sequence[Any], kwargs: Mapping[str, An
             return outcome
         waited += outcome.waited
         conflict = _conflict(this, outcome.reason, waited)
-        if conflict.holders or not attempts_left:
+        try:
+            is_held = bool(conflict.holders)
+        except OUTAGES as outage:
+            return Outage(outage)
+        if is_held or not attempts_left:
             return conflict
         timeout = 0.0
     return conflict
