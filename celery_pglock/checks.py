@@ -60,7 +60,7 @@ def tasks_can_work(**_: Any) -> list[checks.CheckMessage]:
 def locks_exclude(databases: Sequence[str] | None = None, **_: Any) -> list[checks.CheckMessage]:
     """``celery_pglock.E003``: session-level locks of tasks, through this alias, would not exclude.
 
-    Connects, so only for ``manage.py check --database``.
+    Connects, so only for ``manage.py check --database`` and ``migrate``.
     """
     if not databases:
         return []

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from django.db import DatabaseError, Error, OperationalError, connections, transaction
 from django.utils.asyncio import async_unsafe
+from psycopg.errors import QueryCanceled
 
 from celery_pglock import labels, statements
 from celery_pglock.clocks import now
 from celery_pglock.config import current
 from celery_pglock.durations import UNSET, MaybeSeconds
 from celery_pglock.errors import LockLost, LockMisuse
-from celery_pglock.fences import Token
+from celery_pglock.fences import Handover, Token
 from celery_pglock.keys import Key
 from celery_pglock.labels import Holding, Owner
 from celery_pglock.lifelines import GIVE_UP
@@ -50,21 +51,21 @@ LOCK_TIMEOUT_IN_FORCE = "SELECT setting::int FROM pg_settings WHERE name = 'lock
 class Hold:
     """One acquisition of a lock, from before it is taken until it is given back.
 
-    ``keys`` are those really taken, ``token`` is a strict one's, ``transaction`` is the block that was opened
-    for them. ``waited`` is in seconds, ``since`` on the monotonic clock. ``is_alone`` tells that no holder
-    before this one can still believe in its lock.
+    ``keys`` are those really taken, ``tokens`` are a strict one's, ``transaction`` is the block that was
+    opened for them. ``waited`` is in seconds, ``since`` on the monotonic clock; ``in_order`` tells that none
+    who held it before can still believe in it, so that this one leaves in order.
     """
 
     name: str
     shared: bool
     using: str
     keys: tuple[Key, ...] = ()
-    token: Token | None = None
+    tokens: Mapping[Key, Token] = field(default_factory=dict)
     session: LockSession | None = None
     transaction: Any = None
     waited: float = 0.0
     since: float = 0.0
-    is_alone: bool = True
+    in_order: bool = True
 
     @property
     def loss(self) -> str:
@@ -111,7 +112,7 @@ class Hold:
         if self.session is None:
             return True
         try:
-            return self.session.give_back(self.keys, shared=self.shared, in_order=self.is_alone)
+            return self.session.give_back(self.keys, shared=self.shared, in_order=self.in_order)
         finally:
             pool().give_back(self.session)
 
@@ -243,8 +244,8 @@ class Claim:
             else:
                 gain = session.take(self.keys, shared=self.shared, timeout=timeout, strict=self.strict)
             if gain is not None:
-                hold.session, hold.keys, hold.token = session, gain.keys, gain.token
-                hold.is_alone = not gain.unclean_lease
+                hold.session, hold.keys, hold.tokens = session, gain.keys, gain.tokens
+                hold.in_order = not (gain.handover and gain.handover.unclean_lease)
         except Refused as refused:
             return str(refused)
         except BaseException:
@@ -256,17 +257,17 @@ class Claim:
             pool().give_back(session)
         if gain is None:
             return TAKEN
-        if gain.unclean_lease:
-            self._outlast_the_last_holder(hold, gain)
+        if gain.handover and gain.handover.unclean_lease:
+            self._outlast_the_last_holder(hold, gain.handover)
         return None
 
-    def _outlast_the_last_holder(self, hold: Hold, gain: Gain) -> None:
+    def _outlast_the_last_holder(self, hold: Hold, handover: Handover) -> None:
         """Wait until a holder that did not leave in order has given up, if it lives."""
-        delay = LOCK_DELAY * gain.unclean_lease
+        delay = LOCK_DELAY * handover.unclean_lease
         logger.info(
             "lock %r was not given back by its last holder (task %s): waiting for %.1f s",
             self.name,
-            gain.left_by or "unknown",
+            handover.left_by or "unknown",
             delay,
         )
         over = now() + delay
@@ -274,7 +275,7 @@ class Claim:
             time.sleep(min(left, LONGEST_POLL))
             if hold.loss:
                 raise OperationalError(f"The lock session was lost while it waited: {hold.loss}.")
-        hold.is_alone = True
+        hold.in_order = True
 
     def _attempt_in_transaction(self, hold: Hold, owner: Owner, timeout: MaybeSeconds) -> str | None:
         check_vendor(self.using)
@@ -299,6 +300,8 @@ class Claim:
         except DatabaseError as error:
             if reason := REFUSALS.get(type(error.__cause__)):
                 return reason
+            if waits and isinstance(error.__cause__, QueryCanceled):
+                return f"PostgreSQL ended the wait: {str(error).strip()}"
             raise
         except BaseException:
             if (interrupted := connections[self.using].connection) is not None:

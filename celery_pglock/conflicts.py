@@ -97,10 +97,13 @@ class TaskConflict(Conflict):
             self.key,
             str(outage).strip(),
         )
+        if (self.request.headers or {}).get(COPY) or (self.request.delivery_info or {}).get("redelivered"):
+            # The state may be that of an earlier delivery, which runs.
+            raise Ignore("no lock can be taken now")
         raise _retry_later(outage, countdown, sig=again)
 
     def _counted(self) -> dict[str, Any]:
-        return {CONFLICTS: self.attempt, FIRST_CONFLICT: self.first_attempt}
+        return {CONFLICTS: self.attempt, FIRST_CONFLICT: self.first_attempt, OUTAGES: 0}
 
     def _again(self, countdown: float, **headers: Any) -> Any:
         return self.task.signature_from_request(

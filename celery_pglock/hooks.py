@@ -8,7 +8,7 @@ from typing import Any
 from celery import signals, states
 from django.db import DatabaseError
 
-from celery_pglock import config, work_connections
+from celery_pglock import config, interruptions, work_connections
 from celery_pglock.errors import LockMisuse
 from celery_pglock.locks import forget_what_was_left
 from celery_pglock.pool import close_leftovers, pool
@@ -64,6 +64,7 @@ def _leave_nothing_behind(task_id: str = "", task: Any = None, state: str = "", 
     if task is None or task.request.is_eager:
         return
     name = f"Task {task.name}[{task_id}]"
+    interruptions.forget_what_was_left()
     if close_leftovers(name, but=vars(task.request).get("pglock_held_before", ())):
         forget_what_was_left()
     if getattr(task, "lock_xact", False) is True:

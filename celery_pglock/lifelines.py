@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import psycopg
-from django.db import OperationalError, connections
+from django.db import DatabaseError, OperationalError, connections
 from psycopg.pq import TransactionStatus
 
 from celery_pglock import polls
 from celery_pglock.clocks import now
-from celery_pglock.raw_connections import cancel
+from celery_pglock.raw_connections import cancel, shut_down
 
 # Fractions of the lease: how often a holder makes itself heard, and after which silence it gives up. The
 # server ends the session after a whole one, which it counts from later than the holder does.
@@ -29,14 +29,19 @@ class Lifeline:
     it up before that. ``loss`` says why it was given up; empty while it is not.
     """
 
-    def __init__(self, alias: str, connection: psycopg.Connection[Any], lease: float) -> None:
+    def __init__(
+        self, alias: str, connection: psycopg.Connection[Any], backend_pid: int, lease: float
+    ) -> None:
         self.alias = alias
         self.connection = connection
+        self.backend_pid = backend_pid
         self.lease = lease
         self.loss = ""
         # Held while anybody uses the connection: libpq is not made for two threads.
         self.speaking = threading.RLock()
-        self.socket = connection.fileno()
+        # A descriptor of our own, because libpq closes its own as it likes, and its number goes to others.
+        self.socket = os.dup(connection.fileno())
+        self._closing = threading.Lock()
         self._heard_at = now()
         self._is_asking = False
         self._answer_by: float | None = None
@@ -45,6 +50,18 @@ class Lifeline:
     @property
     def is_closed(self) -> bool:
         return self.connection.closed
+
+    @property
+    def sockets(self) -> list[int]:
+        """All the descriptors of the connection; none once it is closed."""
+        # Without a lock: a forked child asks, in which nobody is left to give one back.
+        return [] if self.is_closed or self.socket < 0 else [self.socket, self.connection.fileno()]
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which there is something to do for a session that holds something."""
+        until_beat = BEAT * self.lease - self._silence
+        return until_beat if until_beat > 0 else max(GIVE_UP * self.lease - self._silence, 0.0)
 
     @property
     def is_believed(self) -> bool:
@@ -80,12 +97,15 @@ class Lifeline:
             # Asked for each time: Django's wrapper belongs to a thread, and a session goes between them.
             with connections[self.alias].wrap_database_errors:
                 rows = self.connection.execute(sql, parameters).fetchall()
+        except DatabaseError as error:
+            # A refusal is an answer, too.
+            if getattr(error.__cause__, "sqlstate", None) and not self.is_closed:
+                self._heard_at = sent
+            raise
         finally:
             self._is_asking = False
             self._answer_by = None
-            # A refusal is an answer, too.
-            if not self.is_closed and self.is_idle:
-                self._heard_at = sent
+        self._heard_at = sent
         return rows
 
     def was_answered_after(self, seconds: float) -> None:
@@ -101,7 +121,7 @@ class Lifeline:
 
         ``beat`` is None where there is nothing to lose, and asked while nobody else speaks.
         """
-        if polls.look({self.socket: polls.ENDED}):
+        if self._has_ended():
             self.lose("the server ended it")
         elif self._answer_by is not None and now() > self._answer_by:
             self.lose(self._how_silent())
@@ -131,7 +151,11 @@ class Lifeline:
         with self.speaking:
             if self._beat_at is None and not self.loss:
                 cancel(self.connection)
-            self.connection.close()
+            with self._closing:
+                self.connection.close()
+                own, self.socket = self.socket, -1
+                if own >= 0:
+                    os.close(own)
 
     def _beat(self, beat: Callable[[], str] | None) -> None:
         if self._beat_at is not None:
@@ -144,32 +168,39 @@ class Lifeline:
 
     def _await_beat(self) -> None:
         while self._beat_at is not None and not self.loss:
-            left = GIVE_UP * self.lease - self._silence
-            if left <= 0 or not polls.wait({self.socket: polls.READABLE}, left):
-                self.lose(self._how_silent())
-                return
             try:
+                # The answer may have been read already, and then the socket says nothing of it.
                 self._hear()
             except psycopg.OperationalError as error:
                 self.lose(str(error).strip())
+                return
+            left = GIVE_UP * self.lease - self._silence
+            if self._beat_at is not None and (
+                left <= 0 or not polls.wait({self.socket: polls.READABLE}, left)
+            ):
+                self.lose(self._how_silent())
 
     def _hear(self) -> None:
         pgconn = self.connection.pgconn
         pgconn.consume_input()
         while not pgconn.is_busy():
-            if pgconn.get_result() is None:
+            result = pgconn.get_result()
+            if result is None:
                 assert self._beat_at is not None
                 self._heard_at, self._beat_at = self._beat_at, None
                 return
+            if result.get_value(0, 0) != str(self.backend_pid).encode():
+                self.lose("another backend answered than the one that keeps it")
+
+    def _has_ended(self) -> bool:
+        with self._closing:
+            return self.socket < 0 or polls.look({self.socket: polls.ENDED})
 
     def _shut_down(self) -> None:
         # Whoever waits for the answer is woken by this; closing would pull the descriptor from under them.
-        with socket.socket(fileno=os.dup(self.socket)) as line:
-            try:
-                line.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                # The other side was faster.
-                return
+        with self._closing, suppress(OSError):
+            if self.socket >= 0:
+                shut_down(self.socket)
 
     def _how_silent(self) -> str:
         return f"the server has not been heard for {self._silence:.1f} s"

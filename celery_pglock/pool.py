@@ -60,6 +60,10 @@ class Pool:
             self._idle = [idle for idle in self._idle if not idle.is_closed]
             self._idle.append(session)
 
+    def inherited_sockets(self) -> list[int]:
+        """The descriptors of all sessions, for a child that must not keep them open."""
+        return self._watcher.inherited_sockets()
+
     def close_idle(self) -> None:
         with self._lock:
             sessions, self._idle = self._idle, []
@@ -95,9 +99,14 @@ def pool() -> Pool:
 
 
 def _begin_anew_in_a_child() -> None:
-    # What a child inherits is kept aside and never touched: closing it would end its parent's sessions.
+    # What a child inherits is kept aside and never used: closing it would end its parent's sessions. The
+    # sockets themselves lead nowhere from now on, or they would keep the sessions of a parent that dies.
     global _pool
     _inherited.append(_pool)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for socket in _pool.inherited_sockets():
+        os.dup2(nowhere, socket, inheritable=False)
+    os.close(nowhere)
     _pool = Pool()
 
 

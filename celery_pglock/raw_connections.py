@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 from django.db import OperationalError, connections
 from psycopg.pq import TransactionStatus
 
+from celery_pglock import undisturbed
 from celery_pglock.config import current
 from celery_pglock.durations import milliseconds
 from celery_pglock.errors import LockMisuse
@@ -17,17 +25,25 @@ logger = logging.getLogger(__name__)
 
 CANCEL_SECONDS = 1.0
 
+# Says which lock session a server session belongs to. A pid would not tell: lock sessions that a pooler lets
+# share a backend all see the same one, and PostgreSQL lets them share their locks.
+MARK = "celery_pglock.session"
+
 # Where the alias sets none: psycopg's own is over two minutes.
 CONNECT_SECONDS = 10
-
-# How often a pooler that is said to run in session mode is asked for a backend that it lent already.
-PROBES = 3
 
 TRANSACTION_TIMEOUT_SINCE = 170000
 OLDEST_SERVER = 140000
 
+# A token that is given out must not be forgotten in a crash.
 SYNCHRONOUS_COMMIT = """
 set_config('synchronous_commit', coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'on'), false)
+"""
+
+# Without it the backend of a killed client goes on waiting in pg_advisory_lock, and keeps its other locks
+# meanwhile. Elsewhere than on Linux a server may refuse it.
+CONNECTION_CHECK = """
+CASE WHEN version() ~ 'linux' THEN set_config('client_connection_check_interval', '500', false) END
 """
 
 
@@ -45,8 +61,17 @@ def check_vendor(alias: str) -> None:
         )
 
 
-def connect(alias: str, application_name: str, lease: float) -> tuple[psycopg.Connection[Any], int]:
-    """A new connection with the alias's own settings, fit for holding locks, and its backend's pid.
+@dataclass(frozen=True, slots=True)
+class RawConnection:
+    """A connection that is fit for holding locks; ``mark`` is empty where no pooler can come between."""
+
+    psycopg: psycopg.Connection[Any]
+    backend_pid: int
+    mark: str
+
+
+def connect(alias: str, application_name: str, lease: float) -> RawConnection:
+    """A new connection with the alias's own settings.
 
     The server ends it after ``lease`` seconds of silence. Raises Django's errors, ``OnStandby``, and
     ``LockMisuse`` for a server on which locks would not exclude.
@@ -59,6 +84,7 @@ def connect(alias: str, application_name: str, lease: float) -> tuple[psycopg.Co
         "tcp_user_timeout": milliseconds(lease),
         "keepalives_idle": max(1, int(lease / 3)),
         "keepalives_interval": max(1, int(lease / 6)),
+        "keepalives_count": 3,
         **django_connection.get_connection_params(),
         "cursor_factory": None,
         "context": None,
@@ -71,19 +97,16 @@ def connect(alias: str, application_name: str, lease: float) -> tuple[psycopg.Co
     with django_connection.wrap_database_errors:
         connection = psycopg.connect(**parameters)
         try:
-            backend_pid = _prepare(alias, connection, settings)
-            if backend_pid != connection.info.backend_pid:
-                with psycopg.connect(**parameters) as neighbour:
-                    _check_session_mode(alias, backend_pid, connection, neighbour)
+            with _shut_down_after(CONNECT_SECONDS, connection):
+                return _prepare(alias, connection, settings)
         except BaseException:
             connection.close()
             raise
-    return connection, backend_pid
 
 
 def check_exclusion(alias: str, lease: float) -> None:
     """Connect, and refuse as ``connect()`` does a server on which session-level locks would not exclude."""
-    connect(alias, "pglock", lease)[0].close()
+    connect(alias, "pglock", lease).psycopg.close()
 
 
 def on_standby(alias: str) -> OnStandby:
@@ -106,25 +129,13 @@ def pooled(alias: str) -> LockMisuse:
     )
 
 
-def _check_session_mode(
-    alias: str, backend_pid: int, connection: psycopg.Connection[Any], neighbour: psycopg.Connection[Any]
-) -> None:
-    """Refuse a pooler that lets two connections share a session: it does not run in session mode."""
-    for asked, is_ours in [(connection, True), (neighbour, False)] * PROBES:
-        row = asked.execute("SELECT pg_backend_pid()").fetchone()
-        assert row is not None
-        if (row[0] == backend_pid) is not is_ours:
-            raise pooled(alias)
-
-
 def _session_settings(lease: float) -> dict[str, str]:
-    # A role or a server may set timeouts that would end a session for holding a lock, or for waiting for
-    # one. Without client_connection_check_interval the backend of a killed client goes on waiting in
-    # pg_advisory_lock, and keeps its other locks meanwhile.
+    # A role or a server may set timeouts that would end a session for holding a lock, or for waiting for one.
     return {
         "idle_session_timeout": str(milliseconds(lease)),
         "statement_timeout": "0",
-        "client_connection_check_interval": "500",
+        # The row of a strict lock is written by whoever came last, and read by whoever comes next.
+        "default_transaction_isolation": "read committed",
         "tcp_keepalives_idle": str(max(1, int(lease / 3))),
         "tcp_keepalives_interval": str(max(1, int(lease / 6))),
         "tcp_keepalives_count": "3",
@@ -132,7 +143,7 @@ def _session_settings(lease: float) -> dict[str, str]:
     }
 
 
-def _prepare(alias: str, connection: psycopg.Connection[Any], settings: dict[str, str]) -> int:
+def _prepare(alias: str, connection: psycopg.Connection[Any], settings: dict[str, str]) -> RawConnection:
     version = connection.info.server_version
     if version < OLDEST_SERVER:
         raise LockMisuse(
@@ -142,11 +153,18 @@ def _prepare(alias: str, connection: psycopg.Connection[Any], settings: dict[str
     if version >= TRANSACTION_TIMEOUT_SINCE:
         settings = {**settings, "transaction_timeout": "0"}
     may_be_pooled = current().POOLER == "session"
-    # Settings must not stay behind in a session that a pooler gives to others.
-    columns = ", ".join([SYNCHRONOUS_COMMIT, *["set_config(%s, %s, false)"] * len(settings)])
+    mark = uuid4().hex
+    settings = {**settings, MARK: mark}
+    # Settings must not stay behind in a session that a pooler gives to others. In one that is marked, or
+    # holds locks, somebody else has put his: nobody may come after him before it was reset.
+    columns = ", ".join(
+        [SYNCHRONOUS_COMMIT, CONNECTION_CHECK, *["set_config(%s, %s, false)"] * len(settings)]
+    )
     row = connection.execute(
-        f"SELECT pg_backend_pid(), pg_is_in_recovery(),"
-        f" CASE WHEN %s OR pg_backend_pid() = %s THEN ARRAY[{columns}] END",
+        f"SELECT pg_backend_pid(), pg_is_in_recovery(), CASE WHEN (%s OR pg_backend_pid() = %s)"
+        f" AND coalesce(current_setting('{MARK}', true), '') = '' AND NOT EXISTS ("
+        f"SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'advisory')"
+        f" THEN ARRAY[{columns}] END",
         [may_be_pooled, connection.info.backend_pid, *[text for pair in settings.items() for text in pair]],
     ).fetchone()
     assert row is not None
@@ -155,13 +173,40 @@ def _prepare(alias: str, connection: psycopg.Connection[Any], settings: dict[str
         raise pooled(alias)
     if is_standby:
         raise on_standby(alias)
-    return int(backend_pid)
+    return RawConnection(connection, backend_pid, "" if backend_pid == connection.info.backend_pid else mark)
+
+
+def shut_down(descriptor: int) -> None:
+    """Shut a socket down; whoever waits on it is woken. OSError if the other side was faster."""
+    with socket.socket(fileno=os.dup(descriptor)) as line:
+        line.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def _shut_down_after(seconds: float, connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """Bound what is asked in the block: psycopg has no timeout for an answer."""
+
+    def give_up() -> None:
+        with suppress(OSError, psycopg.Error):
+            shut_down(connection.fileno())
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    undisturbed.start(timer)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def cancel(connection: psycopg.Connection[Any]) -> None:
     """Close it, and cancel what it still runs: a lock could be granted later to somebody who gave up."""
     try:
-        if connection.pgconn.transaction_status == TransactionStatus.ACTIVE:
+        # Before libpq 17 cancelling has no timeout, and stops the whole process. Without it the server finds
+        # out for itself: client_connection_check_interval.
+        is_active = connection.pgconn.transaction_status == TransactionStatus.ACTIVE
+        if is_active and psycopg.capabilities.has_cancel_safe():
             connection.cancel_safe(timeout=CANCEL_SECONDS)
     except psycopg.Error as error:
         logger.warning("Cancelling a statement that was interrupted failed: %s", error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -17,9 +16,9 @@ from celery_pglock import signals, work_connections
 from celery_pglock.claims import Hold, Refusal
 from celery_pglock.conflicts import CONFLICTS, COPY, FIRST_CONFLICT, TaskConflict, succeeded_before
 from celery_pglock.durations import MaybeSeconds
-from celery_pglock.errors import LockLost, LockMisuse
+from celery_pglock.errors import LockLost
 from celery_pglock.held_back import BrokerRefused, HeldBack, pauses
-from celery_pglock.held_locks import HeldLock
+from celery_pglock.held_locks import HeldLock, body_of
 from celery_pglock.holders import Holder
 from celery_pglock.interruptions import Interruption, can_interrupt
 from celery_pglock.labels import Owner
@@ -35,16 +34,6 @@ ATTEMPTS = 3
 OUTAGES = (OperationalError, InterfaceError, InternalError)
 
 Body = Callable[..., Any]
-
-
-class _Bodies(threading.local):
-    """The bodies that run in this thread, innermost last, each with its lock."""
-
-    def __init__(self) -> None:
-        self.stack: list[tuple[str, HeldLock]] = []
-
-
-_bodies = _Bodies()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +55,6 @@ def held_back_by(request: Any) -> HeldBack | None:
     """What the run of this request holds back; ``None`` where no lock of a run is held."""
     found: HeldBack | None = vars(request).get("pglock_held_back")
     return found
-
-
-def lock_of(task: Any) -> HeldLock:
-    """The lock under which a body of this task runs in this thread."""
-    for name, lock in reversed(_bodies.stack):
-        if name == task.name:
-            return lock
-    raise LockMisuse(f"No body of {task.name} runs under a lock here: self.lock is for the body alone.")
 
 
 @dataclass(slots=True)
@@ -199,23 +180,20 @@ def _run_held(
 
 
 def _run_body(this: Run, hold: Hold, body: Body, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    before = len(_bodies.stack)
-    _bodies.stack.append((this.task.name, HeldLock(hold, this.lock.strict)))
-    try:
+    interruption = Interruption()
+    with body_of(this.task.name, HeldLock(hold, this.lock.strict, interruption)):
         if this.on_lost != "interrupt" or hold.session is None or not (this.has_message and can_interrupt()):
             return body(*args, **kwargs)
-        interruption = Interruption()
 
         def interrupt(loss: str) -> None:
             interruption.order(LockLost(hold.name, loss))
 
-        hold.session.to_be_told.append(interrupt)
         try:
+            hold.session.to_be_told.append(interrupt)
             return interruption.run(body, args, kwargs)
         finally:
-            hold.session.to_be_told.remove(interrupt)
-    finally:
-        del _bodies.stack[before:]
+            if interrupt in hold.session.to_be_told:
+                hold.session.to_be_told.remove(interrupt)
 
 
 def _drop_a_copy_of_what_succeeded(this: Run) -> None:
@@ -252,21 +230,21 @@ def _finish(this: Run, hold: Hold, held_back: HeldBack, ended_with: BaseExceptio
         if not isinstance(failure, DatabaseError):
             held_back.send_all(this.task.app, str(this))
         raise
-    if not kept:
-        _tell_that_it_was_lost(this, loss or "its session was ended before it was given back", ended_with)
-    elif hold.keys:
+    if kept and hold.keys:
         held = time.monotonic() - hold.since
         signals.lock_released.send_robust(sender=this.task, lock=this.lock, held=held)
+    elif not kept:
+        loss = loss or "its session was ended before it was given back"
+        _tell_that_it_was_lost(this, loss)
+        if this.lock.xact and ended_with is None:
+            # What was to follow the COMMIT does not.
+            raise LockLost(this.lock.name, f"{loss}, and the work rolled back")
     held_back.send_all(this.task.app, str(this))
+    if not kept and ended_with is None and this.on_lost == "fail":
+        raise LockLost(this.lock.name, loss)
 
 
-def _tell_that_it_was_lost(this: Run, loss: str, ended_with: BaseException | None) -> None:
+def _tell_that_it_was_lost(this: Run, loss: str) -> None:
     work_connections.close_what_was_interrupted()
     logger.error("%s lost lock %r before it gave it back: %s", this, this.lock.name, loss)
     signals.lock_lost.send_robust(sender=this.task, lock=this.lock, reason=loss)
-    if ended_with is not None:
-        return
-    if this.lock.xact:
-        raise LockLost(this.lock.name, f"{loss}, and the work rolled back")
-    if this.on_lost == "fail":
-        raise LockLost(this.lock.name, loss)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from django.db import DatabaseError, OperationalError
-from psycopg.errors import DeadlockDetected, LockNotAvailable, UndefinedTable
+from psycopg.errors import DeadlockDetected, InvalidParameterValue, LockNotAvailable, UndefinedTable
 
 from celery_pglock import clocks, fences, labels, statements
 from celery_pglock.config import current
 from celery_pglock.durations import MaybeSeconds
 from celery_pglock.errors import LockLost, LockMisuse
-from celery_pglock.fences import Token
+from celery_pglock.fences import Handover, Token
 from celery_pglock.keys import Key
 from celery_pglock.labels import Holding, Owner
 from celery_pglock.lifelines import BEAT, Lifeline
-from celery_pglock.raw_connections import connect, pooled
+from celery_pglock.raw_connections import MARK, connect, pooled
 from celery_pglock.statements import Statement
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,13 @@ REFUSALS: Final[dict[type[Any], str]] = {
     DeadlockDetected: "PostgreSQL chose it as the victim of a deadlock",
 }
 
+# An error on purpose, as no timeout can be set to this. PostgreSQL evaluates columns in their order.
+SOMEBODY_ELSE = "the session of somebody else"
+UNLESS_MARKED = (
+    f"CASE WHEN current_setting('{MARK}', true) IS DISTINCT FROM %s"
+    f" THEN set_config('lock_timeout', '{SOMEBODY_ELSE}', true) END"
+)
+
 OWN_LOCKS = """
 SELECT objsubid, classid::bigint, objid::bigint FROM pg_locks
 WHERE pid = pg_backend_pid() AND locktype = 'advisory' AND granted AND mode = %s
@@ -59,16 +66,11 @@ def mode(*, shared: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """What one acquisition brought: the keys, and from a strict one its token.
-
-    ``unclean_lease`` is the lease in seconds of a holder before us that did not leave in order, and may not
-    have given up yet; ``left_by`` is its task's id.
-    """
+    """What one acquisition brought: the keys, their tokens if it was a strict one, and what it found."""
 
     keys: tuple[Key, ...]
-    token: Token | None = None
-    unclean_lease: float = 0.0
-    left_by: str = ""
+    tokens: Mapping[Key, Token] = field(default_factory=dict)
+    handover: Handover | None = None
 
 
 class LockSession:
@@ -91,8 +93,9 @@ class LockSession:
         self._idle_since: float | None = None
         self._is_loss_logged = False
         settings = current()
-        connection, self._backend_pid = connect(alias, _application_name(owner), settings.lease)
-        self._line = Lifeline(alias, connection, settings.lease)
+        connection = connect(alias, _application_name(owner), settings.lease)
+        self._mark = connection.mark
+        self._line = Lifeline(alias, connection.psycopg, connection.backend_pid, settings.lease)
 
     def __del__(self) -> None:
         # A thread that ends takes its sessions with it.
@@ -118,6 +121,10 @@ class LockSession:
         return self.is_ours and (not self.is_closed or bool(self.to_be_told))
 
     @property
+    def backend_pid(self) -> int:
+        return self._line.backend_pid
+
+    @property
     def lease(self) -> float:
         return self._line.lease
 
@@ -129,6 +136,11 @@ class LockSession:
     @property
     def socket(self) -> int:
         return self._line.socket
+
+    @property
+    def sockets(self) -> list[int]:
+        """Every descriptor that would keep its connection open; none once it is closed."""
+        return self._line.sockets
 
     @property
     def events(self) -> int:
@@ -170,13 +182,14 @@ class LockSession:
         with self._line.speaking:
             self.check()
             fresh = [key for key in keys if (key, shared) not in self._counts]
-            gain = Gain(tuple(keys), next(iter(self._tokens_of(keys)), None))
+            without_token = [key for key in keys if strict and key not in self._tokens]
+            found: Handover | None = None
             try:
-                if fresh:
-                    obtained = self._take_fresh(fresh, shared=shared, timeout=timeout, strict=strict)
-                    if obtained is None:
+                if fresh or without_token:
+                    row = self._take(fresh, without_token, shared=shared, timeout=timeout)
+                    if row is None:
                         return None
-                    gain = replace(obtained, keys=gain.keys)
+                    found = self._note_tokens(without_token, row[1:])
                 self._count(keys, shared=shared)
             except Refused:
                 self._give_back_gains(fresh, shared=shared, strict=strict)
@@ -184,7 +197,7 @@ class LockSession:
             except BaseException:
                 self.abandon()
                 raise
-            return gain
+            return Gain(tuple(keys), {key: self._tokens[key] for key in keys if strict}, found)
 
     def take_slots(self, slots_by_key: Sequence[Sequence[Key]]) -> Gain | None:
         """Take one free slot of every key, or none; the gain's keys are the slots taken.
@@ -198,7 +211,7 @@ class LockSession:
             numbers: Iterable[int] | None = ()
             try:
                 if fresh:
-                    statement = statements.take_slots(fresh, xact=False)
+                    statement = self._protected(statements.take_slots(fresh, xact=False))
                     numbers = self._answer(statement, self._holdings([slots[0] for slots in fresh]))[-1]
                 if numbers is None:
                     return None
@@ -249,6 +262,7 @@ class LockSession:
     def lay_by(self) -> None:
         """Keep it for whoever needs a session next."""
         self.owner = Owner()
+        self.to_be_told.clear()
         self._idle_since = clocks.now()
 
     def take_up(self, owner: Owner) -> bool:
@@ -269,7 +283,7 @@ class LockSession:
         if self._idle_since is not None:
             return self._close_if_overdue()
         if not self.loss:
-            return BEAT * self.lease / 2
+            return min(self._line.patience if self._counts else BEAT * self.lease, BEAT * self.lease / 2)
         self._log_the_loss()
         for tell in tuple(self.to_be_told):
             tell(self.loss)
@@ -293,44 +307,52 @@ class LockSession:
         self._line.close()
         self.close()
 
-    def _take_fresh(
-        self, fresh: Sequence[Key], *, shared: bool, timeout: MaybeSeconds, strict: bool
-    ) -> Gain | None:
-        if timeout == 0:
-            statement = statements.take_at_once(fresh, shared=shared, xact=False)
-        else:
+    def _take(
+        self,
+        fresh: Sequence[Key],
+        without_token: Sequence[Key],
+        *,
+        shared: bool,
+        timeout: MaybeSeconds,
+    ) -> Sequence[Any] | None:
+        """The columns that tell of the handover, if the fresh keys were taken."""
+        waits = bool(fresh) and timeout != 0
+        wait: float | None = 0.0
+        if not fresh:
+            statement = Statement(columns=["true"])
+        elif waits:
             statement = statements.take_waiting(fresh, shared=shared, xact=False, timeout=timeout)
-        wait = timeout if isinstance(timeout, float | int) else None
-        if strict:
-            statement = fences.take(statement, fresh, self.owner.task_id, self.lease)
-            wait = None if wait is None else wait + fences.TAKE_TIMEOUT * self.lease
+            wait = timeout if isinstance(timeout, float | int) else None
+        else:
+            statement = statements.take_at_once(fresh, shared=shared, xact=False)
+        statement = self._protected(statement)
+        if without_token:
+            statement = fences.take(statement, without_token, self.owner.task_id, self.lease)
+            wait = None if wait is None else wait + fences.row_timeout(self.lease)
         row = self._answer(statement, self._holdings(fresh), wait=wait)
         if not row[-1]:
             return None
-        if timeout != 0:
+        if waits:
             self._line.was_answered_after(row[-2])
         if not self.is_believed:
             raise OperationalError("The server's answer came so late that the lock may be lost already.")
-        if not strict:
-            return Gain(tuple(fresh))
-        timeline, number, unclean_lease, left_by = row[2:6]
-        token = Token(timeline, number)
-        self._tokens |= dict.fromkeys(fresh, token)
-        return Gain(tuple(fresh), token, unclean_lease, left_by)
+        return row
+
+    def _note_tokens(self, keys: Sequence[Key], row: Sequence[Any]) -> Handover | None:
+        if not keys:
+            return None
+        found = fences.handover(row)
+        self._tokens |= dict.fromkeys(keys, found.token)
+        return found
 
     def _give_back(self, keys: Sequence[Key], *, shared: bool, in_order: bool) -> bool:
         last = [key for key in keys if self._counts[key, shared] == 1]
         kept: bool | None = True
         if last:
             remaining = [holding for holding in self._holdings() if holding.key not in last]
-            statement = statements.give_back(last, shared=shared)
-            tokens = [(key, self._tokens.pop(key)) for key in last if key in self._tokens]
-            kept = None
-            if tokens and in_order:
-                try:
-                    kept = self._answer(fences.give_back(statement, tokens, self.lease), remaining)[-1]
-                except Refused:
-                    logger.warning("A transaction is still open in which a token guards: %s", _names(last))
+            statement = self._protected(statements.give_back(last, shared=shared))
+            tokens = {key: self._tokens.pop(key) for key in last if key in self._tokens}
+            kept = self._leave_in_order(statement, tokens, remaining) if tokens and in_order else None
             if kept is None:
                 kept = self._answer(statement, remaining)[-1]
         for key in keys:
@@ -339,32 +361,60 @@ class LockSession:
                 del self._counts[key, shared]
         return bool(kept)
 
+    def _protected(self, statement: Statement) -> Statement:
+        """The statement, made to fail before it does anything on a session that is not ours."""
+        if self._mark:
+            statement.columns.insert(0, UNLESS_MARKED)
+            statement.parameters.insert(0, self._mark)
+        return statement
+
+    def _leave_in_order(
+        self, statement: Statement, tokens: Mapping[Key, Token], remaining: Sequence[Holding]
+    ) -> bool | None:
+        """Give back and tell so in the rows; ``None`` if it could not be told, and nothing was given back."""
+        try:
+            return bool(
+                self._answer(
+                    fences.give_back(statement, tokens, self.lease),
+                    remaining,
+                    wait=fences.row_timeout(self.lease),
+                )[-1]
+            )
+        except (Refused, DatabaseError) as error:
+            if not self._line.is_idle:
+                raise
+            logger.warning(
+                "The next strict holder of %s will wait, as this one could not tell that it left: %s",
+                _names(tokens),
+                str(error).strip(),
+            )
+            return None
+
     def _answer(
         self, statement: Statement, holdings: Sequence[Holding], *, wait: float | None = 0
-    ) -> tuple[Any, ...]:
+    ) -> Sequence[Any]:
         owner = self.owner if holdings else Owner()
         sql = (
             f"{self._label(holdings)}{statement.opening}"
-            f"SELECT pg_backend_pid(), set_config('application_name', %s, false), {statement.select}"
+            f"SELECT set_config('application_name', %s, false), {statement.select}"
         )
         parameters = [*statement.opening_parameters, _application_name(owner), *statement.parameters]
         try:
-            row = self._line.ask(sql, parameters, wait=wait)[0]
+            return self._line.ask(sql, parameters, wait=wait)[0]
         except DatabaseError as error:
             if reason := REFUSALS.get(type(error.__cause__)):
                 raise Refused(reason) from None
+            if isinstance(error.__cause__, InvalidParameterValue) and SOMEBODY_ELSE in str(error):
+                raise pooled(self.alias) from None
             if isinstance(error.__cause__, UndefinedTable):
                 raise LockMisuse(
                     f"Strict locks keep a row for each key, and alias {self.alias!r} has no table for them: "
                     f"with 'celery_pglock' in INSTALLED_APPS run manage.py migrate --database={self.alias}."
                 ) from None
             raise
-        if row[0] != self._backend_pid:
-            raise pooled(self.alias)
-        return row
 
     def _beat(self) -> str:
-        return f"{self._label(self._holdings())}SELECT 1".replace("%%", "%")
+        return f"{self._label(self._holdings())}SELECT pg_backend_pid()".replace("%%", "%")
 
     def _label(self, holdings: Sequence[Holding]) -> str:
         owner = self.owner if holdings else Owner()
@@ -386,7 +436,9 @@ class LockSession:
         if self._counts and not self._is_loss_logged:
             self._is_loss_logged = True
             logger.error(
-                "The session that keeps %s is lost: %s", _names(key for key, _ in self._counts), self.loss
+                "The session that keeps %s is lost: %s",
+                _names(key for key, _ in tuple(self._counts)),
+                self.loss,
             )
 
     def _give_back_gains(self, fresh: Sequence[Key], *, shared: bool, strict: bool) -> None:
@@ -399,9 +451,6 @@ class LockSession:
         if gains:
             self._count(gains, shared=shared)
             self.give_back(gains, shared=shared)
-
-    def _tokens_of(self, keys: Iterable[Key]) -> list[Token]:
-        return [self._tokens[key] for key in keys if key in self._tokens]
 
     def _count(self, keys: Sequence[Key], *, shared: bool) -> None:
         now = time.time()

@@ -12,7 +12,7 @@ from celery_pglock import hooks, runs
 from celery_pglock.conflicts import without_our_headers
 from celery_pglock.durations import UNSET
 from celery_pglock.errors import LockMisuse, LockNotAcquired
-from celery_pglock.held_locks import HeldLock
+from celery_pglock.held_locks import HeldLock, lock_of
 from celery_pglock.locks import advisory
 from celery_pglock.task_options import TaskOptions, options_of, states_an_option
 
@@ -93,7 +93,7 @@ class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs
     @property
     def lock(self) -> HeldLock:
         """The lock under which the body runs; ``LockMisuse`` outside of it."""
-        return runs.lock_of(self)
+        return lock_of(self.name)
 
     def lock_for(self, *args: Any, **kwargs: Any) -> advisory:
         """The lock of a call with these arguments, to be asked or taken: it is a value, and takes nothing."""

@@ -215,6 +215,8 @@ def options_of(task: type[Any]) -> TaskOptions:
 
 def session_level_aliases(app: Any) -> set[str]:
     """The aliases whose servers keep session-level locks of the app's tasks; binds all its tasks."""
+    if not current().ENABLED:
+        return set()
     app.finalize(auto=True)
     # Reading a task's app binds the task.
     options = [getattr(task, "_lock_options", None) for task in app.tasks.values() if task.app]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
 import weakref
 
-from celery_pglock import polls
+from celery_pglock import polls, undisturbed
 from celery_pglock.sessions import LockSession
 
 logger = logging.getLogger(__name__)
@@ -32,20 +31,38 @@ class Watcher:
         with self._lock:
             self._sessions.add(session)
             if self._thread is None or not self._thread.is_alive():
-                self._woken, self._wake = os.pipe()
-                os.set_blocking(self._woken, False)
-                thread = threading.Thread(target=self._run, name="celery_pglock-watcher", daemon=True)
-                _start_undisturbed(thread)
-                self._thread = thread
+                self._start()
             else:
-                os.write(self._wake, b"!")
+                self._call()
+
+    def inherited_sockets(self) -> list[int]:
+        """The descriptors of all its sessions, for a child that must not keep them open."""
+        return [socket for session in self._sessions for socket in session.sockets]
+
+    def _start(self) -> None:
+        self._woken, self._wake = os.pipe()
+        for end in (self._woken, self._wake):
+            os.set_blocking(end, False)
+        thread = threading.Thread(target=self._run, name="celery_pglock-watcher", daemon=True)
+        self._thread = thread
+        try:
+            undisturbed.start(thread)
+        finally:
+            if not thread.is_alive():
+                self._thread = None
+                self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        os.close(self._woken)
+        os.close(self._wake)
 
     def _run(self) -> None:
         while sessions := self._sessions_to_watch():
             pause = min([_tend(session) for session in sessions])
-            events = {session.socket: session.events for session in sessions if session.events}
+            sockets = [(session.socket, session.events) for session in sessions]
             # A reference would keep the session of a thread that ends.
             del sessions
+            events = {socket: events for socket, events in sockets if socket >= 0 and events}
             if polls.wait({**events, self._woken: polls.READABLE}, pause):
                 self._forget_the_call()
 
@@ -54,10 +71,16 @@ class Watcher:
             sessions = [session for session in self._sessions if session.is_watched]
             self._sessions = weakref.WeakSet(sessions)
             if not sessions:
-                os.close(self._woken)
-                os.close(self._wake)
+                self._close_pipe()
                 self._thread = None
             return sessions
+
+    def _call(self) -> None:
+        try:
+            os.write(self._wake, b"!")
+        except BlockingIOError:
+            # It has been called often enough.
+            return
 
     def _forget_the_call(self) -> None:
         try:
@@ -65,17 +88,6 @@ class Watcher:
         except BlockingIOError:
             # It was a session that had something to tell.
             return
-
-
-def _start_undisturbed(thread: threading.Thread) -> None:
-    # A signal handler that raises in the middle of starting a thread leaves one that nobody knows of. The
-    # thread inherits the mask: signals are for others.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        thread.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _tend(session: LockSession) -> float:

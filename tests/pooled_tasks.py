@@ -8,7 +8,7 @@ from tests.models import Entry
 
 
 @app.task(base=XactAdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Retry(0.05, 0.2))
-def pooled(self, key):
+def only_in_transaction(self, key):
     Entry.objects.create(key=key, task_id=self.request.id, what="begins")
     time.sleep(0.01)
     Entry.objects.create(key=key, task_id=self.request.id, what="ends")

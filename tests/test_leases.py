@@ -3,11 +3,13 @@
 import threading
 import time
 
+import psycopg
 import pytest
-from django.db import OperationalError, connections
+from django.db import OperationalError, ProgrammingError, connections
 
-from celery_pglock import LockLost, advisory
-from celery_pglock.lifelines import BEAT
+from celery_pglock import LockLost, advisory, polls
+from celery_pglock.claims import LOCK_DELAY
+from celery_pglock.lifelines import BEAT, GIVE_UP
 from celery_pglock.pool import pool
 from tests.conftest import wait_until
 from tests.faults.proxy import Proxy
@@ -41,7 +43,7 @@ def test_a_lock_is_kept_for_many_leases_and_its_label_with_it(rival):
         time.sleep(2.5 * LEASE)
         assert not rival.could_take("k")
         assert rival.ask(QUERY).startswith("/*pglock:1 task= id= worker= key=1:")
-        assert rival.ask(QUERY).endswith(":k*/ SELECT 1")
+        assert rival.ask(QUERY).endswith(":k*/ SELECT pg_backend_pid()")
 
 
 def test_a_lock_that_was_waited_for_longer_than_a_lease_is_believed_in(rival):
@@ -61,6 +63,59 @@ def test_outer_locks_are_kept_while_an_inner_one_is_waited_for(rival, timeout):
             assert acquired
             assert not rival.could_take("outer")
         assert not rival.could_take("outer")
+
+
+def test_an_answer_that_was_read_already_is_not_waited_for(rival):
+    with advisory("outer"):
+        line = session()._line
+        with line.speaking:
+            # The watcher asks, the answer comes, and the owner reads it before the watcher does.
+            wait_until(lambda: line._silence > BEAT * LEASE)
+            line._beat(session()._beat)
+            wait_until(lambda: polls.look({line.socket: polls.READABLE}))
+            line.read_what_came_unasked()
+            started = time.monotonic()
+            with advisory("inner", timeout=0) as acquired:
+                assert acquired
+            assert time.monotonic() - started < 0.3 * LEASE
+        assert not line.loss
+
+
+def test_an_answer_of_another_backend_is_none(rival):
+    hold = advisory("k").take()
+    session()._line.backend_pid += 1
+    wait_until(lambda: hold.loss)
+    assert hold.loss == "another backend answered than the one that keeps it"
+    assert not hold.give_back()
+
+
+def test_an_error_before_anything_was_sent_is_no_answer(rival):
+    hold = advisory("k").take()
+    line = session()._line
+    time.sleep(0.1)
+    before = line._silence
+    with pytest.raises(ProgrammingError):
+        session().rows("SELECT %s", [])
+    assert line._silence >= before
+    hold.give_back()
+
+
+@pytest.mark.parametrize("lease", [1, 3])
+def test_whoever_is_cut_off_is_told_before_a_strict_lock_is_given_to_the_next(
+    rival, proxied, pglock_settings, lease
+):
+    pglock_settings(LEASE=lease)
+    hold = advisory("k", using="proxied").take()
+    told = []
+    hold.session.to_be_told.append(lambda _: told.append(time.monotonic()))
+    line = hold.session._line
+    wait_until(lambda: line._silence < 0.05 * lease and line._silence > 0)
+    proxied.black_hole()
+    cut_at = time.monotonic()
+    rival.ask("SELECT pg_terminate_backend(%s)", hold.session.backend_pid)
+    wait_until(lambda: told)
+    assert told[0] - cut_at < (GIVE_UP + LOCK_DELAY) / 2 * lease + 0.02
+    hold.give_back()
 
 
 def test_a_wait_beside_other_locks_ends_in_time(rival):
@@ -160,6 +215,21 @@ class TestBlackHole:
             with pytest.raises(LockLost):
                 hold.leave(None)
             proxied.heal(deliver=False)
+
+    def test_opening_a_session_does_not_hang(self, rival, proxied, monkeypatch):
+        monkeypatch.setattr("celery_pglock.raw_connections.CONNECT_SECONDS", 1)
+        connect = psycopg.connect
+
+        def connect_into_the_dark(**parameters):
+            connection = connect(**parameters)
+            proxied.black_hole()
+            return connection
+
+        started = time.monotonic()
+        with monkeypatch.context() as patch, pytest.raises(OperationalError):
+            patch.setattr("psycopg.connect", connect_into_the_dark)
+            advisory("k", using="proxied", timeout=0).acquire()
+        assert time.monotonic() - started < 10
 
     def test_taking_a_lock_does_not_hang(self, rival, proxied, pooled):
         advisory("warm up", using="proxied").take().give_back()

@@ -10,6 +10,7 @@ from django.db import OperationalError, connection, connections, transaction
 from celery_pglock import AdvisoryTask, LockMisuse, advisory
 from celery_pglock.fences import IsNewest, Token
 from celery_pglock.held_locks import HeldLock
+from celery_pglock.interruptions import Interruption
 from celery_pglock.models import KeyState
 from celery_pglock.pool import pool
 from tests.celery_app import app
@@ -36,8 +37,17 @@ def taken(*ids, **options):
     return hold
 
 
+def token_of(hold):
+    return HeldLock(hold, True, Interruption()).token
+
+
+def state_key(name):
+    (key,) = advisory(name).keys
+    return key
+
+
 def state(key="k"):
-    (found,) = advisory(key).keys
+    found = state_key(key)
     return KeyState.objects.get(pk=(found.objsubid, found.classid, found.objid))
 
 
@@ -50,7 +60,7 @@ def seconds_to_take(*ids, **options):
 
 
 def end_the_session(rival, hold):
-    rival.ask("SELECT pg_terminate_backend(%s, 5000)", hold.session._backend_pid)
+    rival.ask("SELECT pg_terminate_backend(%s, 5000)", hold.session.backend_pid)
     wait_until(lambda: hold.loss)
     assert not hold.give_back()
 
@@ -61,7 +71,7 @@ class TestTokens:
         tokens = []
         for _ in range(3):
             hold = taken("k", timeout=timeout)
-            tokens.append(hold.token)
+            tokens.append(token_of(hold))
             hold.give_back()
         assert tokens == sorted(set(tokens))
 
@@ -70,7 +80,7 @@ class TestTokens:
 
         def wait():
             hold = taken("k")
-            tokens.append(hold.token)
+            tokens.append(token_of(hold))
             hold.give_back()
             connections.close_all()
 
@@ -80,7 +90,7 @@ class TestTokens:
         wait_until(lambda: rival.sees_held("k", granted=False))
         hold.give_back()
         waiting.join()
-        assert tokens[0] > hold.token
+        assert tokens[0] > token_of(hold)
 
     def test_a_refusal_gives_none(self, rival):
         rival.take("k")
@@ -91,18 +101,45 @@ class TestTokens:
     def test_several_keys_have_one(self, rival):
         hold = taken("a", "b")
         rows = [state("a"), state("b")]
-        assert {Token(row.timeline, row.number) for row in rows} == {hold.token}
+        assert {Token(row.timeline, row.number) for row in rows} == {token_of(hold)}
         hold.give_back()
         assert all(row.is_clean for row in KeyState.objects.all())
 
     def test_a_nested_acquisition_has_the_same_and_only_the_last_leaves(self, rival):
         outer = taken("k")
         inner = taken("k")
-        assert inner.token == outer.token
+        assert inner.tokens == outer.tokens
         inner.give_back()
         assert not state().is_clean
         outer.give_back()
         assert state().is_clean
+
+    def test_a_key_that_is_held_already_without_one_gets_one(self, rival):
+        with advisory("k", "l"):
+            hold = taken("k")
+            assert token_of(hold) == Token(state().timeline, state().number)
+            hold.give_back()
+            assert not rival.could_take("k")
+        assert rival.could_take("k")
+        assert state().is_clean
+
+    def test_nested_locks_that_share_a_key_have_one_for_each(self, rival):
+        Entry.objects.create(key="guarded", what="0")
+        outer = taken("a")
+        inner = taken("a", "b")
+        for hold in (inner, outer):
+            assert HeldLock(hold, True, Interruption()).guard(Entry.objects.all()).update(what="1") == 1
+        assert token_of(inner) > token_of(outer)
+        inner.give_back()
+        outer.give_back()
+        assert all(row.is_clean for row in KeyState.objects.all())
+
+    def test_a_server_whose_timeline_starts_anew_gives_out_no_lower_one(self, rival):
+        taken("k").give_back()
+        KeyState.objects.update(timeline=3)
+        hold = taken("k")
+        assert token_of(hold).timeline == 3
+        hold.give_back()
 
     def test_it_is_one_statement_to_take_and_one_to_give_back(self, rival, pooled):
         with strict("k"):
@@ -136,6 +173,22 @@ class TestHandover:
         end_the_session(rival, taken("k"))
         pglock_settings(LEASE=1)
         assert 1.2 < seconds_to_take("k", timeout=timeout) < 5
+
+    def test_by_the_longest_of_those_who_left_without_order_one_after_the_other(self, rival, pglock_settings):
+        pglock_settings(LEASE=2)
+        end_the_session(rival, taken("k"))
+        pglock_settings(LEASE=1)
+        KeyState.objects.update(task_id="interrupted in its delay")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("celery_pglock.claims.LOCK_DELAY", 0)
+            hold = taken("k")
+        end_the_session(rival, hold)
+        assert 1.2 < seconds_to_take("k") < 5
+
+    def test_a_failover_is_no_order(self, rival):
+        taken("k").give_back()
+        KeyState.objects.update(timeline=0)
+        assert seconds_to_take("k") > 0.6 * LEASE
 
     def test_the_lock_is_kept_and_heard_meanwhile(self, rival, pglock_settings):
         pglock_settings(LEASE=4)
@@ -184,7 +237,7 @@ class TestGuards:
         return Entry.objects.create(key="guarded", what="0")
 
     def written(self, hold, what):
-        guarded = HeldLock(hold, True).guard(Entry.objects.filter(key="guarded"))
+        guarded = HeldLock(hold, True, Interruption()).guard(Entry.objects.filter(key="guarded"))
         return guarded.update(what=what)
 
     def test_the_holder_writes(self, entry):
@@ -231,7 +284,7 @@ class TestGuards:
             assert self.written(hold, "guarded") == 1
             assert hold.give_back()
             assert rival.could_take("k")
-        assert "A transaction is still open in which a token guards: 'k'" in caplog.text
+        assert "The next strict holder of 'k' will wait" in caplog.text
         assert not state().is_clean
 
     def test_deleted_rows_repeat_no_token(self, rival, entry):
@@ -239,15 +292,41 @@ class TestGuards:
         end_the_session(rival, stale)
         KeyState.objects.all().delete()
         newest = taken("k")
-        assert newest.token > stale.token
+        assert token_of(newest) > token_of(stale)
         assert self.written(stale, "too late") == 0
         newest.give_back()
 
+    def test_with_locks_held_outside_the_wait_for_it_ends_in_time(self, rival, entry):
+        stale = taken("k")
+        with transaction.atomic():
+            assert self.written(stale, "guarded") == 1
+            end_the_session(rival, stale)
+            with advisory("outer"):
+                assert not strict("k", timeout=5).acquire()
+                assert not rival.could_take("outer")
+
+    def test_serializable_by_default_is_no_obstacle(self, rival):
+        database = connection.settings_dict["NAME"]
+        rival.connection.execute(
+            f"ALTER DATABASE \"{database}\" SET default_transaction_isolation = 'repeatable read'"
+        )
+        try:
+            first = taken("k")
+            waiting = threading.Thread(target=seconds_to_take, args=["k"])
+            waiting.start()
+            wait_until(lambda: rival.sees_held("k", granted=False))
+            first.give_back()
+            waiting.join()
+            assert state().is_clean
+            assert state().number > token_of(first).number
+        finally:
+            rival.connection.execute(f'ALTER DATABASE "{database}" RESET ALL')
+
     def test_a_condition_can_stand_among_others(self, entry):
         hold = taken("k")
-        guarded = Entry.objects.filter(IsNewest(hold.keys, hold.token), key="guarded").exclude(what="9")
+        guarded = Entry.objects.filter(IsNewest(hold.tokens), key="guarded").exclude(what="9")
         assert guarded.exists()
-        assert not Entry.objects.filter(~IsNewest(hold.keys, hold.token)).exists()
+        assert not Entry.objects.filter(~IsNewest(hold.tokens)).exists()
         hold.give_back()
 
 
@@ -279,7 +358,7 @@ def test_tokens_rise_over_crashes_and_failovers_that_forget_some(breaking):
     def next_token():
         hold = strict("k", using="breaking").take()
         hold.give_back()
-        return hold.token
+        return token_of(hold)
 
     with Cluster() as cluster, cluster.standby() as standby:
         breaking(cluster)
