@@ -125,7 +125,9 @@ def overlaps(history: History) -> list[Overlap]:
                 pause=max(
                     (effect.reached - effect["asked"] for effect, _ in pairs if effect["asked"]), default=0.0
                 ),
-                had_asked=all(effect["asked"] and effect["asked"] <= later.settled for effect, later in pairs),
+                had_asked=all(
+                    effect["asked"] and effect["asked"] <= later.settled for effect, later in pairs
+                ),
                 was_cut_off=_covered(holes, began.get(attempt, last), last) > 0,
             )
         )
@@ -198,7 +200,9 @@ def accounts(history: History) -> Accounts:
             lost.append(task)
         if outcome == "done" and task not in with_a_body:
             imagined.append(task)
-    own = [event["task"] for event in history if event.what == "skipped" and event["task"] in event["holders"]]
+    own = [
+        event["task"] for event in history if event.what == "skipped" and event["task"] in event["holders"]
+    ]
     return Accounts(
         sent=len(sent),
         done=counts["done"],

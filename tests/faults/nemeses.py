@@ -34,7 +34,8 @@ class Fault:
     """A fault. ``inject`` answers False if there was nothing to hit.
 
     ``least`` and ``most`` bound how long it lasts, in leases. ``does`` is what checkers have to know: that
-    the process of the holder was "stopped", or that it "cuts off" all of them. ``hits`` says who is hit.
+    the process of the holder was "stopped", or that it "cuts off" whom it hits. ``hits`` says who that is:
+    one "holder", all the holders of his "worker", "everybody", or "nobody" in particular.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Fault:
 
     @property
     def needs_a_holder(self) -> bool:
-        return self.hits == "holder"
+        return self.hits in ("holder", "worker")
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def _restart_immediately(stage: Stage, aim: Aim) -> None:
 
 
 def _cut_locks(stage: Stage, aim: Aim) -> None:
-    stage.locks_path.cut()
+    for path in stage.locks_paths:
+        path.cut()
 
 
 def _cut_work(stage: Stage, aim: Aim) -> None:
@@ -141,16 +143,25 @@ def _cut_work(stage: Stage, aim: Aim) -> None:
 
 
 def _refuse_locks(stage: Stage, aim: Aim) -> None:
-    stage.locks_path.refuse()
+    for path in stage.locks_paths:
+        path.refuse()
 
 
 def _swallow_locks(stage: Stage, aim: Aim) -> None:
-    stage.locks_path.black_hole()
+    for path in stage.locks_paths:
+        path.black_hole()
+
+
+def _swallow_locks_of_one_worker(stage: Stage, aim: Aim) -> None:
+    assert aim.holder is not None
+    stage.locks_paths[aim.holder.worker].black_hole()
 
 
 def _heal_locks(stage: Stage, aim: Aim) -> None:
     # What was swallowed comes late, or never.
-    stage.locks_path.heal(deliver=aim.random.random() < 0.5)
+    deliver = aim.random.random() < 0.5
+    for path in stage.locks_paths:
+        path.heal(deliver=deliver)
 
 
 def _swallow_work(stage: Stage, aim: Aim) -> None:
@@ -190,7 +201,10 @@ CUT_LOCKS = Fault("cut the locks' way", _cut_locks, hits="everybody")
 CUT_WORK = Fault("cut the work's way", _cut_work, hits="nobody")
 REFUSE_LOCKS = Fault("no way to the locks", _refuse_locks, _heal_locks, 0.3, 1, hits="everybody")
 BLACK_HOLE = Fault(
-    "black hole before the locks", _swallow_locks, _heal_locks, 0.3, 1.8, "cuts off", hits="everybody"
+    "black hole", _swallow_locks_of_one_worker, _heal_locks, 0.3, 1.8, "cuts off", hits="worker"
+)
+BLACK_HOLE_FOR_ALL = Fault(
+    "black hole for all", _swallow_locks, _heal_locks, 0.3, 1.8, "cuts off", hits="everybody"
 )
 BLACK_HOLE_WORK = Fault("black hole before the work", _swallow_work, _heal_work, 0.3, 1, hits="nobody")
 REFUSE_MESSAGES = Fault("broker refuses messages", _refuse_messages, _accept_messages, 0.5, 1, hits="nobody")
@@ -214,6 +228,7 @@ ALL = (
     CUT_WORK,
     REFUSE_LOCKS,
     BLACK_HOLE,
+    BLACK_HOLE_FOR_ALL,
     BLACK_HOLE_WORK,
     REFUSE_MESSAGES,
     REDELIVER,

@@ -1,7 +1,7 @@
 """A TCP proxy that can be told to fail: to cut, to refuse, or to be a black hole.
 
-``python -m tests.faults.proxy PORT`` listens on a port that it prints, passes everything on to PORT, and takes
-orders from its standard input. It ends with whoever gave it the orders.
+``python -m tests.faults.proxy PORT`` listens on a port that it prints, passes everything on to PORT, and
+takes orders from its standard input. It ends with whoever gave it the orders.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Closing sends a reset at once, and nothing that was still to be sent.
 RESET = struct.pack("ii", 1, 0)
+
+DROP = "heal without what was swallowed"
 
 STOP_SECONDS = 5.0
 
@@ -69,8 +71,8 @@ class Proxy:
         self._order("black hole")
 
     def heal(self, *, deliver: bool = True) -> None:
-        """Pass on again: also what was swallowed, or else with all the connections reset."""
-        self._order("heal" if deliver else "heal without what was swallowed")
+        """Pass on again: what was swallowed comes late, or its connections are reset."""
+        self._order("heal" if deliver else DROP)
 
     def _order(self, order: str) -> None:
         assert self._process.stdin is not None
@@ -99,7 +101,8 @@ class _Relay:
             self.is_passing.clear()
             return
         self.is_refusing = order == "refuse"
-        if order != "heal":
+        swallowed = not self.is_passing.is_set()
+        if order in ("cut", "refuse") or (order == DROP and swallowed):
             for writer in list(self.writers):
                 _reset(writer)
         self.is_passing.set()

@@ -90,7 +90,7 @@ class Report:
         lines += ["", "seconds after a fault (median / most)"]
         width = max((len(latency.fault) for latency in self.latencies), default=0)
         lines.append(
-            f"  {'':{width}}  {'gave up':>13}  {'freed':>13}  {'taken again':>13}  gave up before it was freed"
+            f"  {'':{width}}  {'gave up':>13}  {'freed':>13}  {'taken again':>13}  gave up before freed"
         )
         for latency in self.latencies:
             if not latency.freed and not latency.gave_up:

@@ -86,11 +86,15 @@ class Ordeal:
         # The second of a pair hits whom the first one has hit.
         aimed = [holder for holder in holders if holder.attempt == self._holders.get(planned.group)]
         holder = chance.choice(aimed or holders) if holders else None
-        if fault.hits == "holder":
+        if fault.most and holders and not aimed:
+            # What lasts is for somebody who is there for longer.
+            holder = max(holders, key=lambda one: one.ends_at)
+        if fault.needs_a_holder:
             if holder is None or holder.backend is None:
                 return False
-            holders = [holder]
             self._holders[planned.group] = holder.attempt
+            holders = [one for one in holders if one == holder or fault.hits == "worker"]
+            holders = [one for one in holders if one.worker == holder.worker]
         elif fault.hits == "nobody":
             holders = []
         self._numbers += 1

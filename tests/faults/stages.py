@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,11 @@ STALL = 0.05
 # Under load there is always somebody who waits for each key.
 MOST_MESSAGES = 12
 SENDS_PER_SECOND = 4.0
+
+# Seconds that a body takes: some outlast the silence after which a holder gives up.
+SHORT = (0.2, 1.5)
+LONG = (2.0, 4.5)
+LONG_ONES = 0.25
 
 HELD = """
 SELECT classid::bigint, objid::bigint, pid FROM pg_locks
@@ -84,6 +88,7 @@ class Holder:
     task: str
     process: int
     backend: int | None
+    worker: int
     ends_at: float
 
 
@@ -100,7 +105,7 @@ class Stage:
         self.random = random.Random(f"{seed} sends")
         self.sent: list[str] = []
         self.backends: dict[str, int] = {}
-        self.children: set[int] = set()
+        self.children: dict[int, int] = {}
         self._holders: dict[str, Event] = {}
         self._stop = threading.Event()
 
@@ -111,7 +116,10 @@ class Stage:
             self.messages = Messages(broker_url)
             resources.callback(self.messages.close)
             self.work_path = resources.enter_context(Proxy(self.cluster.port))
-            self.locks_path = resources.enter_context(Proxy(self.cluster.port))
+            # Each worker has a way of its own to the locks: one may be cut off, and another not.
+            self.locks_paths = [
+                resources.enter_context(Proxy(self.cluster.port)) for _ in range(NUMBER_OF_WORKERS)
+            ]
             environment = {
                 **os.environ,
                 "DJANGO_SETTINGS_MODULE": "tests.faults.settings",
@@ -120,7 +128,7 @@ class Stage:
                 "FAULTS_LEASE": str(self.lease),
                 "FAULTS_JOURNAL": str(self.path),
                 "FAULTS_WORK_URL": self._through(self.work_path),
-                "FAULTS_LOCKS_URL": self._through(self.locks_path),
+                "FAULTS_LOCKS_URL": self._through(self.locks_paths[0]),
                 "FAULTS_VISIBILITY_TIMEOUT": str(VISIBILITY_TIMEOUT),
             }
             os.environ.update({**environment, "CELERY_BROKER_URL": self.messages.url})
@@ -130,7 +138,11 @@ class Stage:
             self.tail = Tail(self.path)
             resources.callback(self.tail.close)
             self.workers = resources.enter_context(
-                Workers(NUMBER_OF_WORKERS, CHILDREN, self.folder, environment)
+                Workers(
+                    CHILDREN,
+                    self.folder,
+                    [{**environment, "FAULTS_LOCKS_URL": self._through(path)} for path in self.locks_paths],
+                )
             )
             self._wall_clock = now() - time.time()
             for work in (self._observe, self._send):
@@ -158,7 +170,7 @@ class Stage:
             elif event.what == "ended":
                 self._holders.pop(event["attempt"], None)
             elif event.what == "child":
-                self.children.add(event.process)
+                self.children[event.process] = self._number_of(event["worker"])
         for attempt, event in list(self._holders.items()):
             if not _runs(event.process):
                 del self._holders[attempt]
@@ -176,6 +188,7 @@ class Stage:
                 task=event["task"],
                 process=event.process,
                 backend=self.backends.get(key),
+                worker=self.children.get(event.process, 0),
                 ends_at=event.at + event["seconds"],
             )
             for key, event in sorted(latest.items())
@@ -195,7 +208,8 @@ class Stage:
         self._is_sending = False
         self.messages.accept()
         self.work_path.heal()
-        self.locks_path.heal()
+        for path in self.locks_paths:
+            path.heal()
         for child in self.children:
             if _runs(child):
                 os.kill(child, signal.SIGCONT)
@@ -262,6 +276,9 @@ class Stage:
                 self.tick()
                 time.sleep(0.1)
 
+    def _number_of(self, process: int) -> int:
+        return next((worker.number for worker in self.workers.all if worker.has_been(process)), 0)
+
     def _through(self, proxy: Proxy) -> str:
         return f"postgresql://postgres@127.0.0.1:{proxy.port}/postgres"
 
@@ -321,7 +338,9 @@ class Stage:
     def _send(self) -> None:
         while not self._stop.wait(self.random.expovariate(SENDS_PER_SECOND)):
             if self._is_sending and self.messages.backlog() < MOST_MESSAGES:
-                self.send(self.random.choice(self._work.KEYS), round(self.random.uniform(0.2, 1.5), 2))
+                shortest, longest = LONG if self.random.random() < LONG_ONES else SHORT
+                seconds = round(self.random.uniform(shortest, longest), 2)
+                self.send(self.random.choice(self.keys), seconds)
 
 
 def _is_final(recorded: dict[str, Any]) -> bool:
@@ -338,5 +357,3 @@ def _runs(process: int) -> bool:
     with suppress(OSError), open(f"/proc/{process}/stat") as stat:
         return stat.read().rpartition(")")[2].split()[0] not in ("Z", "X")
     return False
-
-

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,8 +27,9 @@ END_SECONDS = 25.0
 class Worker:
     """One worker after the other, under one name."""
 
-    def __init__(self, name: str, concurrency: int, folder: Path, environment: Mapping[str, str]) -> None:
-        self.name = name
+    def __init__(self, number: int, concurrency: int, folder: Path, environment: Mapping[str, str]) -> None:
+        self.name = name = f"worker{number}"
+        self.number = number
         self.log = folder / f"{name}.log"
         self._command = [sys.executable, "-m", "celery", "-A", "tests.faults.work", "worker"]
         self._command += ["--concurrency", str(concurrency), "--loglevel", "INFO", "--hostname"]
@@ -40,6 +41,10 @@ class Worker:
     @property
     def runs(self) -> bool:
         return self.process.poll() is None
+
+    def has_been(self, process: int) -> bool:
+        """Whether it is, or was, this process."""
+        return process in self._groups
 
     @property
     def is_ready(self) -> bool:
@@ -93,13 +98,12 @@ class Worker:
 
 
 class Workers:
-    """All of them, from ``with`` on."""
+    """One for each environment, from ``with`` on."""
 
-    def __init__(
-        self, number: int, concurrency: int, folder: Path, environment: Mapping[str, str]
-    ) -> None:
+    def __init__(self, concurrency: int, folder: Path, environments: Sequence[Mapping[str, str]]) -> None:
         self.all = [
-            Worker(f"worker{place}", concurrency, folder, environment) for place in range(1, number + 1)
+            Worker(number, concurrency, folder, environment)
+            for number, environment in enumerate(environments)
         ]
 
     def __enter__(self) -> Self:
