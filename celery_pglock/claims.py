@@ -24,7 +24,7 @@ from celery_pglock.labels import Holding, Owner
 from celery_pglock.lifelines import GIVE_UP
 from celery_pglock.pool import pool
 from celery_pglock.raw_connections import cancel, check_vendor, on_standby
-from celery_pglock.sessions import REFUSALS, TIMED_OUT, Gain, LockSession, Refused
+from celery_pglock.sessions import REFUSALS, SILENT, TIMED_OUT, Gain, LockSession, Refused
 from celery_pglock.statements import Statement
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Hold:
     def loss(self) -> str:
         """Why the lock is gone, as far as is known without asking the server; empty while it is there."""
         if self.session is not None and not self.session.is_believed:
-            return self.session.loss or "its database session has been silent for too long"
+            return self.session.loss or SILENT
         if self.transaction is not None:
             connection = connections[self.using]
             if connection.closed_in_transaction or not connection.in_atomic_block:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from django.db.models import BooleanField, Expression
 
@@ -16,11 +16,12 @@ SEQUENCE = "celery_pglock_token"
 
 LONGEST_TASK_ID = 200
 
-# Cleaning up must not wait for long: a transaction that the holder left open may share the row.
-CLEAN_TIMEOUT = 1.0
+# The next holder waits for writes that the last one's token guards, and who gives back for its own that are
+# still open: in fractions of the lease, so that the session is heard in time.
+TAKE_TIMEOUT: Final = 0.2
+LONGEST_GIVE_BACK_TIMEOUT: Final = 1.0
 
-# Evaluated step by step, each from the one before: the locks, the token, the rows. The row of the next
-# holder waits for a write that the token of the last one guards; for no longer than its lease.
+# Evaluated step by step, each from the one before: the locks, the token, the rows.
 TAKE = f"""
 WITH taken ({{names}}) AS MATERIALIZED (SELECT {{select}}),
 token AS MATERIALIZED (
@@ -93,20 +94,20 @@ def take(taking: Statement, keys: Sequence[Key], task_id: str, lease: float) -> 
     """Take as this statement does and write the rows in the same; its last columns make a handover."""
     names = [f"column_{number}" for number in range(len(taking.columns) - 1)]
     statement = Statement(opening=TAKE.format(names=", ".join([*names, "answer"]), select=taking.select))
-    statement.opening_parameters = [*taking.parameters, str(milliseconds(lease))]
+    statement.opening_parameters = [*taking.parameters, str(milliseconds(TAKE_TIMEOUT * lease))]
     statement.opening_parameters += [lease, task_id[:LONGEST_TASK_ID], *_columns(keys)]
     statement.columns = ["timeline", "number", "unclean_lease", "left_by", *names[-1:], "answer"]
     statement.source = FOUND
     return statement
 
 
-def give_back(giving: Statement, tokens: Sequence[tuple[Key, Token]]) -> Statement:
+def give_back(giving: Statement, tokens: Sequence[tuple[Key, Token]], lease: float) -> Statement:
     """Note in the rows that their holder leaves in order, and only then give back as this statement does."""
     numbers = [token.number for _, token in tokens]
     return Statement(
         opening=GIVE_BACK,
         opening_parameters=[
-            str(milliseconds(CLEAN_TIMEOUT)),
+            str(milliseconds(min(TAKE_TIMEOUT * lease, LONGEST_GIVE_BACK_TIMEOUT))),
             *_columns([key for key, _ in tokens]),
             numbers,
         ],

@@ -38,6 +38,7 @@ class Lifeline:
         self.speaking = threading.RLock()
         self.socket = connection.fileno()
         self._heard_at = now()
+        self._is_asking = False
         self._answer_by: float | None = None
         self._beat_at: float | None = None
 
@@ -74,13 +75,17 @@ class Lifeline:
             raise OperationalError(f"The lock session is lost: {self.loss}.")
         sent = now()
         self._answer_by = None if wait is None else sent + wait + GIVE_UP * self.lease
+        self._is_asking = True
         try:
             # Asked for each time: Django's wrapper belongs to a thread, and a session goes between them.
             with connections[self.alias].wrap_database_errors:
                 rows = self.connection.execute(sql, parameters).fetchall()
         finally:
+            self._is_asking = False
             self._answer_by = None
-        self._heard_at = sent
+            # A refusal is an answer, too.
+            if not self.is_closed and self.is_idle:
+                self._heard_at = sent
         return rows
 
     def was_answered_after(self, seconds: float) -> None:
@@ -99,9 +104,12 @@ class Lifeline:
         if polls.look({self.socket: polls.ENDED}):
             self.lose("the server ended it")
         elif self._answer_by is not None and now() > self._answer_by:
+            self.lose(self._how_silent())
             self._shut_down()
         elif beat is not None and self._silence >= GIVE_UP * self.lease:
             self.lose(self._how_silent())
+            if self._is_asking:
+                self._shut_down()
         elif self.speaking.acquire(blocking=False):
             try:
                 self._beat(beat)
@@ -156,7 +164,6 @@ class Lifeline:
 
     def _shut_down(self) -> None:
         # Whoever waits for the answer is woken by this; closing would pull the descriptor from under them.
-        self.lose(self._how_silent())
         with socket.socket(fileno=os.dup(self.socket)) as line:
             try:
                 line.shutdown(socket.SHUT_RDWR)

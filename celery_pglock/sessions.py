@@ -28,8 +28,11 @@ logger = logging.getLogger(__name__)
 # How long a session that holds nothing is kept, in seconds; at most half of its lease.
 IDLE_SECONDS = 10.0
 
-# How often whoever has to know of a loss is told, until it has taken note.
-TELL_EVERY = 0.05
+# How often whoever has to know of a loss is told, until it has taken note, in seconds. While it waits for
+# PostgreSQL psycopg looks at signals every 0.1 s, counted anew from each signal: so less often than that.
+TELL_EVERY = 0.3
+
+SILENT = "the server has not been heard for too long"
 
 TIMED_OUT = "lock_timeout ran out"
 
@@ -91,6 +94,11 @@ class LockSession:
         connection, self._backend_pid = connect(alias, _application_name(owner), settings.lease)
         self._line = Lifeline(alias, connection, settings.lease)
 
+    def __del__(self) -> None:
+        # A thread that ends takes its sessions with it.
+        if "_line" in vars(self) and self.is_ours and not self.is_closed:
+            self._line.close()
+
     @property
     def is_ours(self) -> bool:
         return self.process == os.getpid()
@@ -148,6 +156,7 @@ class LockSession:
             self._line.read_what_came_unasked()
         if not self.is_believed:
             lost = ", ".join(sorted(key.name for key, _ in self._counts))
+            self._line.lose(SILENT)
             self.close()
             raise LockLost(lost, self.loss)
 
@@ -294,7 +303,7 @@ class LockSession:
         wait = timeout if isinstance(timeout, float | int) else None
         if strict:
             statement = fences.take(statement, fresh, self.owner.task_id, self.lease)
-            wait = None if wait is None else wait + self.lease
+            wait = None if wait is None else wait + fences.TAKE_TIMEOUT * self.lease
         row = self._answer(statement, self._holdings(fresh), wait=wait)
         if not row[-1]:
             return None
@@ -319,7 +328,7 @@ class LockSession:
             kept = None
             if tokens and in_order:
                 try:
-                    kept = self._answer(fences.give_back(statement, tokens), remaining)[-1]
+                    kept = self._answer(fences.give_back(statement, tokens, self.lease), remaining)[-1]
                 except Refused:
                     logger.warning("A transaction is still open in which a token guards: %s", _names(last))
             if kept is None:
@@ -346,8 +355,8 @@ class LockSession:
                 raise Refused(reason) from None
             if isinstance(error.__cause__, UndefinedTable):
                 raise LockMisuse(
-                    f"Strict locks keep a row for each key, and alias {self.alias!r} has no table for them: add "
-                    f"'celery_pglock' to INSTALLED_APPS and run manage.py migrate --database={self.alias}."
+                    f"Strict locks keep a row for each key, and alias {self.alias!r} has no table for them: "
+                    f"with 'celery_pglock' in INSTALLED_APPS run manage.py migrate --database={self.alias}."
                 ) from None
             raise
         if row[0] != self._backend_pid:
@@ -371,7 +380,7 @@ class LockSession:
                     self._line.close()
             finally:
                 self._line.speaking.release()
-        return max(left, TELL_EVERY)
+        return max(left, 0.05)
 
     def _log_the_loss(self) -> None:
         if self._counts and not self._is_loss_logged:
