@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from django.db import DatabaseError, OperationalError, connections, transaction
+from django.db import DatabaseError, Error, OperationalError, connections, transaction
 from django.utils.asyncio import async_unsafe
 
 from celery_pglock import labels, statements
@@ -88,6 +88,10 @@ class Hold:
         self.transaction = block
         try:
             block.__enter__()
+        except Error:
+            # PostgreSQL could not be asked: there is nothing to roll back.
+            self.transaction = None
+            raise
         except RuntimeError as error:
             self.transaction = None
             if not connections[self.using].in_atomic_block:

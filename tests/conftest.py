@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import redis
 from django.conf import settings
 from django.core import mail
 from django.db import connection
@@ -193,3 +194,21 @@ def pglock_settings() -> Iterator[Callable[..., Any]]:
             settings.CELERY_PGLOCK = {**settings.CELERY_PGLOCK, **values}
 
         yield change
+
+
+@pytest.fixture
+def broker() -> Iterator[Any]:
+    """The tests' Redis, which can be told to answer NOPERM to LPUSH, by which a message is sent."""
+    with redis.from_url(settings.CELERY_BROKER_URL) as client:
+
+        @contextmanager
+        def refuses_messages() -> Iterator[None]:
+            client.execute_command("ACL", "SETUSER", "default", "-lpush")
+            try:
+                yield
+            finally:
+                client.execute_command("ACL", "SETUSER", "default", "+lpush")
+
+        client.refuses_messages = refuses_messages
+        yield client
+        client.execute_command("ACL", "SETUSER", "default", "+lpush")

@@ -2,12 +2,9 @@
 
 import os
 import signal
-from contextlib import contextmanager
 
 import pytest
-import redis
 from celery import states, uuid
-from django.conf import settings
 
 from tests.celery_app import app
 from tests.conftest import running_worker, wait_until
@@ -66,23 +63,6 @@ class TestRedelivery:
         self.send(without_result, copies, "k", 1)
         wait_until(lambda: count("k", "ends") == 2)
         assert most_at_once("k") == 1
-
-
-@pytest.fixture
-def broker():
-    with redis.from_url(settings.CELERY_BROKER_URL) as client:
-
-        @contextmanager
-        def refuses_messages():
-            client.execute_command("ACL", "SETUSER", "default", "-lpush")
-            try:
-                yield
-            finally:
-                client.execute_command("ACL", "SETUSER", "default", "+lpush")
-
-        client.refuses_messages = refuses_messages
-        yield client
-        client.execute_command("ACL", "SETUSER", "default", "+lpush")
 
 
 class TestABrokerThatRefuses:
