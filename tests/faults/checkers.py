@@ -23,6 +23,7 @@ class Overlap:
     ``late`` is for how many seconds after that it went on at least, not counting how long its process was
     stopped, or everybody was held up. ``had_asked`` says that for each such effect it had asked whether the
     lock was still its own before the next one began, and paused in between: which only a fence could close.
+    ``asks`` is False for whoever relies on being interrupted.
     """
 
     key: str
@@ -31,7 +32,9 @@ class Overlap:
     effects: int
     late: float
     pause: float
+    asks: bool
     had_asked: bool
+    was_stopped: bool
     was_cut_off: bool
 
 
@@ -124,6 +127,12 @@ def overlaps(history: History) -> list[Overlap]:
                 late=max(lates),
                 pause=max(
                     (effect.reached - effect["asked"] for effect, _ in pairs if effect["asked"]), default=0.0
+                ),
+                asks=any(effect["asked"] for effect, _ in pairs),
+                was_stopped=any(
+                    _covered([(begins, ends)], began.get(attempt, last), last)
+                    for begins, ends, processes in stops
+                    if pairs[0][0].process in processes
                 ),
                 had_asked=all(
                     effect["asked"] and effect["asked"] <= later.settled for effect, later in pairs
@@ -288,6 +297,9 @@ class _Takeovers:
         if effect.what == "attempt":
             self.attempts[effect["attempt"]] = effect
         if effect["attempt"] in self._position:
+            return
+        if effect["asked"] is None and self.attempts[effect["attempt"]]["asked"] is not None:
+            # It asked at first, and may have lost the lock since then.
             return
         latest = self.latest
         # A process that paused between asking and its effect may be late by now, so this effect proves no

@@ -61,7 +61,8 @@ class Report:
 
     def _admitted(self, overlap: Overlap) -> float:
         if self.mode == "strict":
-            return -1
+            # Who does not ask cannot know anything in the moment in which its process goes on.
+            return LEARNS_WITHIN if overlap.was_stopped and not overlap.asks else -1
         return LEARNS_WITHIN + (GIVES_UP_AFTER * self.lease if overlap.was_cut_off else 0)
 
     def table(self) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +36,17 @@ VISIBILITY_TIMEOUT = 6
 LOOK_EVERY = 0.05
 STALL = 0.05
 
-# Under load there is always somebody who waits for each key.
-MOST_MESSAGES = 12
+# There is usually somebody who waits for each key, and never a crowd.
+MOST_MESSAGES = 4
 SENDS_PER_SECOND = 4.0
 
 # Seconds that a body takes: some outlast the silence after which a holder gives up.
 SHORT = (0.2, 1.5)
 LONG = (2.0, 4.5)
 LONG_ONES = 0.25
+
+# The share of bodies that ask before each step whether the lock is still theirs.
+ASK = 0.7
 
 HELD = """
 SELECT classid::bigint, objid::bigint, pid FROM pg_locks
@@ -103,7 +107,8 @@ class Stage:
         self.path = folder / "history.jsonl"
         self.journal = Journal(self.path)
         self.random = random.Random(f"{seed} sends")
-        self.sent: list[str] = []
+        self.sent: dict[str, str] = {}
+        self._finished: set[str] = set()
         self.backends: dict[str, int] = {}
         self.children: dict[int, int] = {}
         self._holders: dict[str, Event] = {}
@@ -218,16 +223,18 @@ class Stage:
         """Send one message, of whichever kind the mode's mix gives."""
         mix = self._work.MIX[self.mode]
         (task,) = self.random.choices(list(mix), list(mix.values()))
+        asks = self.random.random() < ASK
         name = f"{self.random.getrandbits(64):016x}"
         self.journal.write("sent", task=name, kind=task.name, key=key, **options)
-        task.apply_async([key, seconds], task_id=name, **options)
-        self.sent.append(name)
+        task.apply_async([key, seconds, asks], task_id=name, **options)
+        self.sent[name] = key
 
     def unfinished(self) -> list[str]:
         """Those sent whose end nobody has recorded."""
-        sent = list(self.sent)
-        outcomes = self.messages.outcomes(sent)
-        return [task for task in sent if task not in outcomes or not _is_final(outcomes[task])]
+        asked = [task for task in list(self.sent) if task not in self._finished]
+        outcomes = self.messages.outcomes(asked)
+        self._finished.update(task for task, recorded in outcomes.items() if _is_final(recorded))
+        return [task for task in asked if task not in self._finished]
 
     def redeliver(self, visibility_timeout: float | None = None) -> None:
         self.messages.restore(self._work.app, visibility_timeout)
@@ -337,10 +344,13 @@ class Stage:
 
     def _send(self) -> None:
         while not self._stop.wait(self.random.expovariate(SENDS_PER_SECOND)):
-            if self._is_sending and self.messages.backlog() < MOST_MESSAGES:
+            if not self._is_sending:
+                continue
+            unfinished = Counter(self.sent[task] for task in self.unfinished())
+            if keys := [key for key in self.keys if unfinished[key] < MOST_MESSAGES]:
                 shortest, longest = LONG if self.random.random() < LONG_ONES else SHORT
                 seconds = round(self.random.uniform(shortest, longest), 2)
-                self.send(self.random.choice(self.keys), seconds)
+                self.send(self.random.choice(keys), seconds)
 
 
 def _is_final(recorded: dict[str, Any]) -> bool:

@@ -155,6 +155,19 @@ class TestOverlaps:
         assert not found.had_asked
         assert found.late == pytest.approx(0.2)
 
+    def test_who_relies_on_being_interrupted_and_was_not_is_found(self):
+        (found,) = checkers.overlaps(
+            history(begins(A, 1), begins(B, 2), steps(A, 2.1, asked=None), steps(B, 2.2))
+        )
+        assert not found.asks
+        assert not found.had_asked
+
+    def test_who_pauses_and_never_asks_again_is_not_taken_for_the_next_holder(self):
+        late = [arrives(B, 1.6, asked=1.5), *steps(B, 5.25, asked=None)]
+        assert not checkers.overlaps(
+            history(begins(A, 1), begins(C, 5), steps(C, 5.1, 5.2), late, steps(C, 6))
+        )
+
     def test_who_was_cut_off_is_told_apart(self):
         hole_begins, hole_ends = fault(1.5, 5.0, A, "cuts off")
         (found,) = checkers.overlaps(

@@ -39,12 +39,21 @@ _numbers = itertools.count(1)
 class Attempt:
     """One run of a body, and what it does to the places that all share."""
 
-    def __init__(self, task: Task, key: str, seconds: float, lock: Any) -> None:
+    def __init__(self, task: Task, key: str, seconds: float, lock: Any, *, asks: bool) -> None:
         self.name = f"{os.getpid()}-{next(_numbers)}"
         self.key = key
         self.lock = lock
+        # Whoever does not ask before each step relies on being interrupted.
+        self.asks = asks
         self.token = lock.token if lock is not None and settings.MODE == "strict" else None
-        self._effect("attempt", task=task.request.id, kind=task.name, token=self.token, seconds=seconds)
+        self._effect(
+            "attempt",
+            asks=lock is not None,
+            task=task.request.id,
+            kind=task.name,
+            token=self.token,
+            seconds=seconds,
+        )
 
     def run(self, seconds: float) -> str:
         started = time.monotonic()
@@ -52,7 +61,7 @@ class Attempt:
         how = "killed"
         try:
             while time.monotonic() < started + seconds:
-                self._effect("step")
+                self._effect("step", asks=self.asks)
                 if self.token is not None and time.monotonic() >= written + WRITE_EVERY:
                     written = time.monotonic()
                     self._write_to_the_ledger()
@@ -69,10 +78,10 @@ class Attempt:
             journal.write("ended", attempt=self.name, key=self.key, how=how)
         return "done"
 
-    def _effect(self, what: str, **details: Any) -> None:
-        """Something that no fence protects, after asking whether the lock is still ours."""
+    def _effect(self, what: str, *, asks: bool, **details: Any) -> None:
+        """Something that no fence protects."""
         asked = None
-        if self.lock is not None:
+        if asks:
             asked = now()
             self.lock.check()
         journal.write(what, attempt=self.name, key=self.key, asked=asked, **details)
@@ -88,13 +97,13 @@ class Attempt:
 
 
 @app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip(result="skipped"))
-def skips(self: Any, key: str, seconds: float) -> str:
-    return Attempt(self, key, seconds, self.lock).run(seconds)
+def skips(self: Any, key: str, seconds: float, asks: bool) -> str:
+    return Attempt(self, key, seconds, self.lock, asks=asks).run(seconds)
 
 
 @app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Retry(countdown=0.2, maximum=0.8))
-def retries(self: Any, key: str, seconds: float) -> str:
-    return Attempt(self, key, seconds, self.lock).run(seconds)
+def retries(self: Any, key: str, seconds: float, asks: bool) -> str:
+    return Attempt(self, key, seconds, self.lock, asks=asks).run(seconds)
 
 
 @app.task(
@@ -104,18 +113,18 @@ def retries(self: Any, key: str, seconds: float) -> str:
     lock_timeout=2,
     lock_side_effect=Retry(countdown=0.2, maximum=0.8),
 )
-def waits(self: Any, key: str, seconds: float) -> str:
-    return Attempt(self, key, seconds, self.lock).run(seconds)
+def waits(self: Any, key: str, seconds: float, asks: bool) -> str:
+    return Attempt(self, key, seconds, self.lock, asks=asks).run(seconds)
 
 
 @app.task(bind=True)
-def trusts(self: Any, key: str, seconds: float) -> str:
+def trusts(self: Any, key: str, seconds: float, asks: bool) -> str:
     """The positive control: a lock on a connection of Django's, in which the body trusts blindly."""
     identifier = key_of(key).arguments[0]
     with connections["locks"].cursor() as cursor:
         cursor.execute("SELECT pg_advisory_lock(%s)", [identifier])
         try:
-            return Attempt(self, key, seconds, None).run(seconds)
+            return Attempt(self, key, seconds, None, asks=False).run(seconds)
         finally:
             cursor.execute("SELECT pg_advisory_unlock(%s)", [identifier])
 
