@@ -247,7 +247,10 @@ def latencies(history: History) -> list[Latency]:
         if event.what == "freed":
             unheld[event["key"], event["backend"]].append(event.at)
     seen: set[tuple[int, str]] = set()
+    begins = {event["group"]: event.at for event in reversed(list(_faults(history)))}
     for fault in _faults(history):
+        # What comes after the next faults have begun may have come of them.
+        over = min((at for at in begins.values() if at > begins[fault["group"]]), default=float("inf"))
         name = fault["group_name"]
         if name not in names:
             names.append(name)
@@ -259,16 +262,18 @@ def latencies(history: History) -> list[Latency]:
                 continue
             seen.add((fault["group"], attempt))
             up = gave_up_of.get(attempt)
-            free = next((at for at in unheld[key, holder["backend"]] if at >= fault.at), None)
-            if up is not None and up >= fault.at:
+            up = up if up is not None and fault.at <= up < over else None
+            free = next((at for at in unheld[key, holder["backend"]] if fault.at <= at < over), None)
+            later = (one.at for one in attempts[key] if one["attempt"] != attempt and one.at >= fault.at)
+            again = next(later, None)
+            if up is not None:
                 gave_up[name].append(up - fault.at)
             if free is not None:
                 freed[name].append(free - fault.at)
-            if up is not None and up >= fault.at and free is not None:
+            if up is not None and free is not None:
                 both[name] += 1
                 first[name] += up <= free
-            later = (one.at for one in attempts[key] if one["attempt"] != attempt and one.at >= fault.at)
-            if (again := next(later, None)) is not None:
+            if free is not None and again is not None:
                 taken[name].append(again - fault.at)
     return [
         Latency(name, tuple(gave_up[name]), tuple(freed[name]), tuple(taken[name]), first[name], both[name])

@@ -18,7 +18,7 @@ app.config_from_object("django.conf:settings", namespace="CELERY")
 app.set_current()
 
 from django.conf import settings  # noqa: E402 - Celery's fixup sets Django up
-from django.db import connections  # noqa: E402
+from django.db import connections, transaction  # noqa: E402
 from django.db.models import F  # noqa: E402
 
 from celery_pglock import AdvisoryTask, Retry, Skip  # noqa: E402
@@ -31,6 +31,9 @@ KEYS = ("north", "east", "south")
 
 STEP_EVERY = 0.02
 WRITE_EVERY = 0.1
+
+# Of the writes to the ledger every so many-th is two, in a transaction.
+TRANSACTION_EVERY = 3
 
 journal = Journal(Path(settings.JOURNAL))
 _numbers = itertools.count(1)
@@ -45,6 +48,7 @@ class Attempt:
         self.lock = lock
         # Whoever does not ask before each step relies on being interrupted.
         self.asks = asks
+        self._writes = 0
         self.token = lock.token if lock is not None and settings.MODE == "strict" else None
         self._effect(
             "attempt",
@@ -87,13 +91,26 @@ class Attempt:
         journal.write(what, attempt=self.name, key=self.key, asked=asked, **details)
 
     def _write_to_the_ledger(self) -> None:
+        self._writes += 1
+        if self._writes % TRANSACTION_EVERY:
+            accepted = self._write()
+        else:
+            with transaction.atomic():
+                accepted = self._write()
+                time.sleep(STEP_EVERY)
+                # Nobody can have got a newer token since the first write, if that was accepted.
+                if self._write() != accepted:
+                    journal.write("fence broken", attempt=self.name, key=self.key, token=self.token)
+        journal.write("fenced write", attempt=self.name, key=self.key, token=self.token, accepted=accepted)
+
+    def _write(self) -> bool:
         from tests.faults.models import Ledger
 
         timeline, number = self.token
         rows = self.lock.guard(Ledger.objects.filter(key=self.key)).update(
             timeline=timeline, number=number, writes=F("writes") + 1
         )
-        journal.write("fenced write", attempt=self.name, key=self.key, token=self.token, accepted=bool(rows))
+        return bool(rows)
 
 
 @app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip(result="skipped"))
