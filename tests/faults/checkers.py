@@ -169,6 +169,11 @@ def stale_writes(history: History) -> list[StaleWrite]:
     return found
 
 
+def broken_fences(history: History) -> list[str]:
+    """The attempts of whose writes in one transaction one was accepted and another was not."""
+    return [event["attempt"] for event in history if event.what == "fence broken"]
+
+
 def inversions(history: History) -> list[Inversion]:
     """The holders whose token does not rise above all that were given out before for their key."""
     found = []

@@ -29,6 +29,7 @@ class Report:
     writes_accepted: int
     writes_rejected: int
     stale_writes: Sequence[StaleWrite]
+    broken_fences: Sequence[str]
     inversions: Sequence[Inversion]
     accounts: Accounts
     leaks: Sequence[str]
@@ -51,6 +52,7 @@ class Report:
             return [] if self.unsafe else ["the control was not found out: these checkers are blind"]
         found = [f"unsafe hold: {overlap}" for overlap in self.not_admitted]
         found += [f"stale write: {write}" for write in self.stale_writes]
+        found += [f"fence broken within a transaction: {attempt}" for attempt in self.broken_fences]
         found += [f"token inversion: {inversion}" for inversion in self.inversions]
         found += [f"lost message: {task}" for task in self.accounts.lost]
         found += [f"still queued: {self.accounts.queued} messages"] if self.accounts.queued else []
@@ -120,6 +122,7 @@ def report(history: Sequence[Event], mode: str, lease: float) -> Report:
         writes_accepted=sum(writes),
         writes_rejected=len(writes) - sum(writes),
         stale_writes=checkers.stale_writes(history),
+        broken_fences=checkers.broken_fences(history),
         inversions=checkers.inversions(history),
         accounts=checkers.accounts(history),
         leaks=checkers.leaks(history),

@@ -212,6 +212,9 @@ class TestFencedWrites:
         )
         assert (found.token, found.newer) == ((1, 1), (1, 2))
 
+    def test_a_fence_that_broke_within_a_transaction_is_found(self):
+        assert checkers.broken_fences(history(one("fence broken", 1, attempt="a"))) == ["a"]
+
 
 class TestTokens:
     def test_rising_ones_pass_over_a_failover(self):
