@@ -115,8 +115,8 @@ class Hold:
         finally:
             pool().give_back(self.session)
 
-    def empty(self, error: BaseException) -> None:
-        """Give back what an error interrupted the taking of."""
+    def empty(self, error: BaseException | None) -> None:
+        """Give back what no body will use."""
         try:
             self.give_back(error)
         finally:

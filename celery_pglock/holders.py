@@ -11,6 +11,7 @@ from django.db import connections
 from django.utils.asyncio import async_unsafe
 
 from celery_pglock import labels
+from celery_pglock.errors import LockMisuse
 from celery_pglock.keys import Key
 from celery_pglock.labels import Owner
 from celery_pglock.pool import pool
@@ -92,18 +93,16 @@ def explanation(
 def find(keys: Sequence[Key], using: str, *, xact: bool) -> tuple[Holder, ...]:
     """Everybody who holds one of the keys or waits for it: holders first, then waiters in their order.
 
-    Asked where the lock itself would be taken: through a pooler nothing else may be possible.
+    Asked on a lock session; where a pooler allows none, those who lock in transactions ask in theirs.
     """
     numbers = [[key.objsubid for key in keys], [key.classid for key in keys], [key.objid for key in keys]]
-    rows = _rows_in_transaction(using, numbers) if xact else _rows_in_session(using, numbers)
+    try:
+        rows = _rows_in_session(using, numbers)
+    except LockMisuse:
+        if not xact:
+            raise
+        rows = _rows_in_transaction(using, numbers)
     return tuple(_holder(row, keys) for row in rows)
-
-
-def _rows_in_transaction(using: str, numbers: Sequence[list[int]]) -> list[tuple[Any, ...]]:
-    with connections[using].cursor() as cursor:
-        cursor.execute(LOCKS_ON_KEYS, numbers)
-        rows: list[tuple[Any, ...]] = cursor.fetchall()
-    return rows
 
 
 def _rows_in_session(using: str, numbers: Sequence[list[int]]) -> list[tuple[Any, ...]]:
@@ -112,6 +111,13 @@ def _rows_in_session(using: str, numbers: Sequence[list[int]]) -> list[tuple[Any
         return session.rows(LOCKS_ON_KEYS, numbers)
     finally:
         pool().give_back(session)
+
+
+def _rows_in_transaction(using: str, numbers: Sequence[list[int]]) -> list[tuple[Any, ...]]:
+    with connections[using].cursor() as cursor:
+        cursor.execute(LOCKS_ON_KEYS, numbers)
+        rows: list[tuple[Any, ...]] = cursor.fetchall()
+    return rows
 
 
 def _holder(row: Sequence[Any], keys: Iterable[Key]) -> Holder:

@@ -152,7 +152,11 @@ def _attempt(this: Run, body: Body, args: Sequence[Any], kwargs: Mapping[str, An
             return outcome
         waited += outcome.waited
         conflict = _conflict(this, outcome.reason, waited)
-        if conflict.holders or not attempts_left:
+        try:
+            is_held = bool(conflict.holders)
+        except OUTAGES as outage:
+            return Outage(outage)
+        if is_held or not attempts_left:
             return conflict
         timeout = 0.0
     return conflict
@@ -176,6 +180,9 @@ def _run_held(
         _drop_a_copy_of_what_succeeded(this)
         if refusal:
             return refusal
+        if loss := hold.loss:
+            hold.empty(None)
+            return Outage(OperationalError(f"The lock was lost before the body began: {loss}."))
         # A direct call has no request of its own: there is nothing to hang this on, nor to send.
         if not this.is_direct_call:
             request.pglock_held_back = held_back

@@ -273,7 +273,7 @@ class LockSession:
         self._log_the_loss()
         for tell in tuple(self.to_be_told):
             tell(self.loss)
-        return TELL_EVERY if self.to_be_told else BEAT * self.lease
+        return TELL_EVERY
 
     def lose(self, reason: str) -> None:
         """Give it up, with all that it holds."""

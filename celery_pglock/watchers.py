@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import weakref
 
@@ -34,7 +35,7 @@ class Watcher:
                 self._woken, self._wake = os.pipe()
                 os.set_blocking(self._woken, False)
                 thread = threading.Thread(target=self._run, name="celery_pglock-watcher", daemon=True)
-                thread.start()
+                _start_undisturbed(thread)
                 self._thread = thread
             else:
                 os.write(self._wake, b"!")
@@ -64,6 +65,17 @@ class Watcher:
         except BlockingIOError:
             # It was a session that had something to tell.
             return
+
+
+def _start_undisturbed(thread: threading.Thread) -> None:
+    # A signal handler that raises in the middle of starting a thread leaves one that nobody knows of. The
+    # thread inherits the mask: signals are for others.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _tend(session: LockSession) -> float:

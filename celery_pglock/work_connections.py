@@ -52,16 +52,23 @@ def _buildable_connections() -> Iterator[Any]:
 def close_what_was_interrupted() -> None:
     """Close the connections of this thread on which a statement was interrupted, and cancel it."""
     for connection in connections.all(initialized_only=True):
-        raw = connection.connection if connection.vendor == "postgresql" else None
-        if raw is not None and raw.pgconn.transaction_status == TransactionStatus.ACTIVE:
-            cancel(raw)
+        if _is_in_the_middle_of_a_statement(connection):
+            cancel(connection.connection)
             connection.close()
+
+
+def _is_in_the_middle_of_a_statement(connection: Any) -> bool:
+    if connection.vendor != "postgresql" or connection.connection is None:
+        return False
+    return bool(connection.connection.pgconn.transaction_status == TransactionStatus.ACTIVE)
 
 
 def roll_back_what_was_left(task: str) -> None:
     """Close the connections of this thread that a task left inside of a transaction, ready for the next."""
     for connection in connections.all(initialized_only=True):
-        if connection.in_atomic_block:
+        # An interrupted COMMIT or ROLLBACK of Django's leaves autocommit off.
+        is_between = connection.connection and connection.autocommit != connection.settings_dict["AUTOCOMMIT"]
+        if connection.in_atomic_block or is_between or _is_in_the_middle_of_a_statement(connection):
             logger.warning("%s ended inside of a transaction on alias %r", task, connection.alias)
             connection.in_atomic_block = False
             connection.closed_in_transaction = False

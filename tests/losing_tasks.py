@@ -5,7 +5,7 @@ import time
 from celery import Task
 from django.db import connection
 
-from celery_pglock import AdvisoryTask, LockLost, Retry, Skip
+from celery_pglock import AdvisoryTask, LockLost, Retry, Skip, advisory
 from tests.celery_app import app
 from tests.models import Entry
 
@@ -115,25 +115,14 @@ def swallows_everything(self, key):
 
 
 @app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_timeout=20)
-def nests(self, key):
+def nests(self, key, inner):
     """Waits for an inner lock while it holds the outer one."""
     note(self, key, "begins")
-    return inner.apply(args=[f"{key}, inner"]).get()
-
-
-@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_timeout=20)
-def inner(self, key):
-    return "done"
+    with advisory(inner):
+        return "done"
 
 
 @app.task(bind=True)
 def sleeps_without_a_lock(self, seconds):
     time.sleep(seconds)
     return "done"
-
-
-@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_strict=True, lock_timeout=10)
-def tells_its_token(self, key, seconds=0.0):
-    note(self, key, "begins")
-    time.sleep(seconds)
-    return self.lock.token

@@ -16,6 +16,7 @@ from tests.losing_tasks import (
     fails_by_itself,
     is_interrupted,
     is_only_warned,
+    nests,
     sleeps_without_a_lock,
     swallows_everything,
     tells_when_it_is_interrupted,
@@ -38,6 +39,18 @@ def end_the_session(rival):
     ended_at = time.time()
     rival.ask("SELECT pg_terminate_backend(%s)", pid)
     return ended_at
+
+
+def child(result):
+    """The process that runs a task, as it told when it began."""
+    return wait_until(lambda: result.state == states.STARTED and result.info)["pid"]
+
+
+def kill(result):
+    pid = child(result)
+    killed_at = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    return killed_at
 
 
 @pytest.fixture(scope="module")
@@ -177,19 +190,42 @@ def leased(_leased_child, rival):
     return _leased_child
 
 
-class TestLease:
-    def child(self, result):
-        return wait_until(lambda: result.state == states.STARTED and result.info)["pid"]
+class TestDeadChildren:
+    """The lock dies with its session, and the session with its process."""
 
+    def test_its_key_is_free_at_once(self, send, rival):
+        delays = []
+        for number in range(5):
+            result = send(is_interrupted, f"dead {number}")
+            begun(f"dead {number}")
+            killed_at = kill(result)
+            wait_until(lambda: rival.could_take(f"dead {number}"))  # noqa: B023
+            delays.append(time.monotonic() - killed_at)
+        assert statistics.median(delays) < 0.1
+
+    def test_also_while_it_waits_for_another(self, send, rival):
+        delays = []
+        rival.take("inner")
+        for number in range(3):
+            result = send(nests, f"dead {number}", "inner")
+            begun(f"dead {number}")
+            wait_until(lambda: rival.sees_held("inner", granted=False))
+            killed_at = kill(result)
+            wait_until(lambda: rival.could_take(f"dead {number}"))  # noqa: B023
+            delays.append(time.monotonic() - killed_at)
+        assert statistics.median(delays) < 1
+
+
+class TestLease:
     def test_a_paused_child_loses_its_lock_and_knows_when_it_wakes(self, leased, rival):
         result = tells_when_it_is_interrupted.apply_async(["k", "check"], queue=leased.queue)
         begun("k")
-        child = self.child(result)
-        os.kill(child, signal.SIGSTOP)
+        pid = child(result)
+        os.kill(pid, signal.SIGSTOP)
         paused_at = time.monotonic()
         wait_until(lambda: not rival.sees_held("k"), "the server frees the key", seconds=10)
         assert 0.6 <= time.monotonic() - paused_at <= 1.5
-        os.kill(child, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
         assert "was lost" in result.get(timeout=10)[1]
 
     def test_a_lock_is_kept_for_many_leases(self, leased, rival):
