@@ -110,13 +110,13 @@ def overlaps(history: History) -> list[Overlap]:
     began = {event["attempt"]: event.at for event in holds(history)}
     answers = []
     for (attempt, next_attempt), pairs in found.items():
-        lates = []
+        delays = []
         for effect, later in pairs:
             since, until = later.settled, effect.reached
             pauses = [
                 (begins, ends) for begins, ends, processes in stops if effect.process in processes
             ] + stalls
-            lates.append(max(0.0, until - since - _covered(pauses, since, until)))
+            delays.append(max(0.0, until - since - _covered(pauses, since, until)))
         last = max(effect.reached for effect, _ in pairs)
         answers.append(
             Overlap(
@@ -124,7 +124,7 @@ def overlaps(history: History) -> list[Overlap]:
                 attempt=attempt,
                 next_attempt=next_attempt,
                 effects=len(pairs),
-                late=max(lates),
+                late=max(delays),
                 pause=max(
                     (effect.reached - effect["asked"] for effect, _ in pairs if effect["asked"]), default=0.0
                 ),

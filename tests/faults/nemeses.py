@@ -252,13 +252,12 @@ TELLING = (
 # For a run of seconds: the ones that are over soon.
 BRIEF = (
     (TERMINATE,),
+    (KILL_WORKER,),
     (BLACK_HOLE, TERMINATE),
     (KILL_CHILD, REDELIVER),
-    (CUT_LOCKS,),
     (STOP_BRIEFLY, TERMINATE),
-    (RESTART_IMMEDIATE,),
-    (REFUSE_MESSAGES, TERMINATE),
-    (KILL_WORKER,),
+    (REFUSE_MESSAGES, RESTART_IMMEDIATE),
+    (CUT_LOCKS,),
 )
 
 # For the control: what takes a session from under its holder.

@@ -160,7 +160,9 @@ def rest(stage: Stage) -> None:
 
 def soak(mode: str, seconds: float, seed: int, folder: Path, version: str) -> reports.Report:
     """One run, from the first server to the report."""
-    with Stage(mode, seed, folder, lease=LEASE, version=version) as stage:
+    # Usually somebody waits for each key, and never a crowd: after a brief run it would take too long.
+    most = 2 if seconds < nemeses.BRIEFLY else 4
+    with Stage(mode, seed, folder, lease=LEASE, version=version, most_messages=most) as stage:
         torment(stage, seed, seconds)
         if mode != "naive":
             rest(stage)

@@ -99,11 +99,15 @@ class Holder:
 class Stage:
     """Runs from ``with`` on; leaving it ends every process that it started."""
 
-    def __init__(self, mode: str, seed: int, folder: Path, *, lease: float, version: str) -> None:
+    def __init__(
+        self, mode: str, seed: int, folder: Path, *, lease: float, version: str, most_messages: int
+    ) -> None:
         self.mode = mode
         self.lease = lease
         self.version = version
         self.folder = folder
+        # So many messages for each key are under way at once.
+        self.most_messages = most_messages
         self.path = folder / "history.jsonl"
         self.journal = Journal(self.path)
         self.random = random.Random(f"{seed} sends")
@@ -347,7 +351,7 @@ class Stage:
             if not self._is_sending:
                 continue
             unfinished = Counter(self.sent[task] for task in self.unfinished())
-            if keys := [key for key in self.keys if unfinished[key] < MOST_MESSAGES]:
+            if keys := [key for key in self.keys if unfinished[key] < self.most_messages]:
                 shortest, longest = LONG if self.random.random() < LONG_ONES else SHORT
                 seconds = round(self.random.uniform(shortest, longest), 2)
                 self.send(self.random.choice(keys), seconds)
