@@ -122,8 +122,8 @@ class _Relay:
             if writer.is_closing():
                 return
             await asyncio.gather(self._pump(reader, server_writer), self._pump(server_reader, writer))
-        except OSError:
-            # One side was reset, so the other is.
+        except (OSError, asyncio.CancelledError):
+            # One side was reset, so the other is; or the proxy ends.
             for one in mine:
                 _reset(one)
         finally:

@@ -187,7 +187,12 @@ def main() -> int:
         if arguments.keep is not None:
             resources.callback(_keep, folder, arguments.keep)
         _say(f"mode {arguments.mode}, {arguments.minutes:g} minutes, seed {arguments.seed}")
-        report = soak(arguments.mode, 60 * arguments.minutes, arguments.seed, folder, arguments.postgresql)
+        try:
+            report = soak(
+                arguments.mode, 60 * arguments.minutes, arguments.seed, folder, arguments.postgresql
+            )
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
         _say(report.table())
         for violation in report.violations:
             _say(f"NOT ADMITTED: {violation}")
