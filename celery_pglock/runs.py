@@ -20,6 +20,7 @@ from celery_pglock.durations import MaybeSeconds
 from celery_pglock.errors import LockLost, LockMisuse
 from celery_pglock.held_back import BrokerRefused, HeldBack, pauses
 from celery_pglock.held_locks import HeldLock
+from celery_pglock.holders import Holder
 from celery_pglock.interruptions import Interruption, can_interrupt
 from celery_pglock.labels import Owner
 from celery_pglock.locks import advisory
@@ -124,7 +125,7 @@ def run(
                 return outcome
             try:
                 if isinstance(outcome, Outage):
-                    return _conflict(this, "", 0).come_back_after(outcome.error)
+                    return _conflict(this, str(outcome.error), 0, ()).come_back_after(outcome.error)
                 signals.lock_conflict.send_robust(sender=task, lock=lock, conflict=outcome)
                 return (
                     outcome.come_back() if outcome.is_with_itself else options.effect().on_conflict(outcome)
@@ -146,20 +147,19 @@ def _attempt(this: Run, body: Body, args: Sequence[Any], kwargs: Mapping[str, An
     delivery of this message, whose result is not to be replaced.
     """
     timeout, waited = this.lock.timeout, 0.0
-    for attempts_left in reversed(range(ATTEMPTS)):
+    for _ in range(ATTEMPTS):
         outcome = _run_held(this, timeout, body, args, kwargs)
         if not isinstance(outcome, Refusal):
             return outcome
         waited += outcome.waited
-        conflict = _conflict(this, outcome.reason, waited)
         try:
-            is_held = bool(conflict.holders)
+            holders = this.lock.holders()
         except OUTAGES as outage:
             return Outage(outage)
-        if is_held or not attempts_left:
-            return conflict
+        if holders:
+            break
         timeout = 0.0
-    return conflict
+    return _conflict(this, outcome.reason, waited, holders)
 
 
 def _run_held(
@@ -223,14 +223,14 @@ def _drop_a_copy_of_what_succeeded(this: Run) -> None:
         raise Ignore("an earlier delivery of this message has succeeded")
 
 
-def _conflict(this: Run, reason: str, waited: float) -> TaskConflict:
+def _conflict(this: Run, reason: str, waited: float, holders: tuple[Holder, ...]) -> TaskConflict:
     headers = this.request.headers or {}
     now = time.time()
     return TaskConflict(
         key=this.lock.name,
         reason=reason,
         waited=waited,
-        look=this.lock.holders,
+        look=lambda: holders,
         task=this.task,
         request=this.request,
         attempt=headers.get(CONFLICTS, 0) + 1,

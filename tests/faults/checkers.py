@@ -23,7 +23,8 @@ class Overlap:
     ``late`` is for how many seconds after that it went on at least, not counting how long its process was
     stopped, or everybody was held up. ``had_asked`` says that for each such effect it had asked whether the
     lock was still its own before the next one began, and paused in between: which only a fence could close.
-    ``asks`` is False for whoever relies on being interrupted.
+    ``asks`` is False for whoever relies on being interrupted, ``was_ended`` for whoever lost the lock by
+    its own silence alone.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Overlap:
     had_asked: bool
     was_stopped: bool
     was_cut_off: bool
+    was_ended: bool
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def overlaps(history: History) -> list[Overlap]:
     stops = _intervals(history, "stopped")
     stalls = [(event.at - event["seconds"], event.at) for event in history if event.what == "stall"]
     holes = [(begins, ends) for begins, ends, _ in _intervals(history, "cuts off")]
+    endings = [begins for begins, _, _ in _intervals(history, "ends sessions")]
     began = {event["attempt"]: event.at for event in holds(history)}
     answers = []
     for (attempt, next_attempt), pairs in found.items():
@@ -138,6 +141,9 @@ def overlaps(history: History) -> list[Overlap]:
                     effect["asked"] and effect["asked"] <= later.settled for effect, later in pairs
                 ),
                 was_cut_off=_covered(holes, began.get(attempt, last), last) > 0,
+                was_ended=any(
+                    began.get(attempt, last) <= ends_at <= pairs[0][1].settled for ends_at in endings
+                ),
             )
         )
     return answers

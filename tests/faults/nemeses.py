@@ -34,7 +34,8 @@ class Fault:
     """A fault. ``inject`` answers False if there was nothing to hit.
 
     ``least`` and ``most`` bound how long it lasts, in leases. ``does`` is what checkers have to know: that
-    the process of the holder was "stopped", or that it "cuts off" whom it hits. ``hits`` says who that is:
+    the process of the holder was "stopped", that it "cuts off" whom it hits, or that it "ends sessions".
+    ``hits`` says who that is:
     one "holder", all the holders of his "worker", "everybody", or "nobody" in particular.
     """
 
@@ -193,13 +194,15 @@ REVOKE = Fault("revoke and terminate", _revoke)
 HARD_LIMIT = Fault("hard time limit", _hard_limit, hits="nobody")
 KILL_WORKER = Fault("kill a worker", _kill_worker, hits="nobody")
 SHUT_DOWN_WORKER = Fault("warm shutdown", _shut_down_worker, hits="nobody")
-TERMINATE = Fault("terminate a session", _terminate_session)
+TERMINATE = Fault("terminate a session", _terminate_session, does="ends sessions")
 CANCEL = Fault("cancel a session", _cancel_session)
-RESTART_FAST = Fault("restart, fast", _restart_fast, hits="everybody")
-RESTART_IMMEDIATE = Fault("restart, immediate", _restart_immediately, hits="everybody")
-CUT_LOCKS = Fault("cut the locks' way", _cut_locks, hits="everybody")
+RESTART_FAST = Fault("restart, fast", _restart_fast, does="ends sessions", hits="everybody")
+RESTART_IMMEDIATE = Fault("restart, immediate", _restart_immediately, does="ends sessions", hits="everybody")
+CUT_LOCKS = Fault("cut the locks' way", _cut_locks, does="ends sessions", hits="everybody")
 CUT_WORK = Fault("cut the work's way", _cut_work, hits="nobody")
-REFUSE_LOCKS = Fault("no way to the locks", _refuse_locks, _heal_locks, 0.3, 1, hits="everybody")
+REFUSE_LOCKS = Fault(
+    "no way to the locks", _refuse_locks, _heal_locks, 0.3, 1, "ends sessions", hits="everybody"
+)
 BLACK_HOLE = Fault(
     "black hole", _swallow_locks_of_one_worker, _heal_locks, 0.3, 1.8, "cuts off", hits="worker"
 )

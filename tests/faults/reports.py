@@ -65,7 +65,9 @@ class Report:
         if self.mode == "strict":
             # Who does not ask cannot know anything in the moment in which its process goes on.
             return LEARNS_WITHIN if overlap.was_stopped and not overlap.asks else -1
-        return LEARNS_WITHIN + (GIVES_UP_AFTER * self.lease if overlap.was_cut_off else 0)
+        # The one hole of a lease: a session that is ended while its holder is cut off.
+        hole = overlap.was_cut_off and overlap.was_ended
+        return LEARNS_WITHIN + (GIVES_UP_AFTER * self.lease if hole else 0)
 
     def table(self) -> str:
         """For people."""
