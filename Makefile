@@ -1,6 +1,8 @@
 # make example   starts servers and workers, sends real work, and shows live what happens
 # make test      runs all tests; PG=16 chooses another embedded PostgreSQL, ARGS go to pytest
 # make check     everything that a change must pass
+# make soak      kills, stops and cuts off workers and servers for MINUTES, and checks what came of it; MODE is
+#                strict, default or naive, and the same SEED brings the same faults
 #
 # DATABASE_URL and CELERY_BROKER_URL name servers to use instead of embedded ones.
 
@@ -8,12 +10,15 @@ PYTHON ?= python3
 PG ?= 18
 ARGS ?=
 SECONDS ?= 20
+MINUTES ?= 30
+MODE ?= strict
+SEED ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 WITH_SERVERS := $(BIN)/python -m example_project.servers --postgresql $(PG) --
 
-.PHONY: example test check lint clean
+.PHONY: example test soak check lint clean
 .DEFAULT_GOAL := example
 
 $(BIN)/python:
@@ -42,6 +47,9 @@ example: $(VENV)/.example
 
 test: $(VENV)/.dev
 	$(WITH_SERVERS) $(BIN)/python -m pytest --cov $(ARGS)
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.faults.soak --postgresql $(PG) --minutes $(MINUTES) --mode $(MODE) $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

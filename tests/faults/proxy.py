@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Closing sends a reset at once, and nothing that was still to be sent.
 RESET = struct.pack("ii", 1, 0)
 
+DROP = "heal without what was swallowed"
+
 STOP_SECONDS = 5.0
 
 
@@ -69,8 +71,8 @@ class Proxy:
         self._order("black hole")
 
     def heal(self, *, deliver: bool = True) -> None:
-        """Pass on again: also what was swallowed, or else with all the connections reset."""
-        self._order("heal" if deliver else "heal without what was swallowed")
+        """Pass on again: what was swallowed comes late, or its connections are reset."""
+        self._order("heal" if deliver else DROP)
 
     def _order(self, order: str) -> None:
         assert self._process.stdin is not None
@@ -99,7 +101,8 @@ class _Relay:
             self.is_passing.clear()
             return
         self.is_refusing = order == "refuse"
-        if order != "heal":
+        swallowed = not self.is_passing.is_set()
+        if order in ("cut", "refuse") or (order == DROP and swallowed):
             for writer in list(self.writers):
                 _reset(writer)
         self.is_passing.set()
@@ -119,8 +122,8 @@ class _Relay:
             if writer.is_closing():
                 return
             await asyncio.gather(self._pump(reader, server_writer), self._pump(server_reader, writer))
-        except OSError:
-            # One side was reset, so the other is.
+        except (OSError, asyncio.CancelledError):
+            # One side was reset, so the other is; or the proxy ends.
             for one in mine:
                 _reset(one)
         finally:
