@@ -70,6 +70,8 @@ class Accounts:
     failed: int
     queued: int
     lost: tuple[str, ...]
+    # On their way into a worker that hung, and had to be killed: Celery's own loss.
+    lost_with_a_worker: tuple[str, ...]
     # Said to be done, and no body came to its end.
     imagined: tuple[str, ...]
     # Skipped because of an earlier delivery of themselves.
@@ -209,7 +211,10 @@ def accounts(history: History) -> Accounts:
     finished = {event["attempt"] for event in history if event.what == "ended" and event["how"] == "done"}
     with_a_body = {event["task"] for event in holds(history) if event["attempt"] in finished}
     counts: Counter[str] = Counter()
-    lost, imagined = [], []
+    lost, lost_with_a_worker, imagined = [], [], []
+    with_a_worker = {
+        task for event in history if event.what == "lost with a worker" for task in event["tasks"]
+    }
     sent = [event["task"] for event in history if event.what == "sent"]
     ends = {event["task"]: event for event in history if event.what == "outcome"}
     for task in sent:
@@ -217,7 +222,7 @@ def accounts(history: History) -> Accounts:
         outcome = end["outcome"] if end is not None else "lost"
         counts[outcome] += 1
         if outcome == "lost":
-            lost.append(task)
+            (lost_with_a_worker if task in with_a_worker else lost).append(task)
         if outcome == "done" and task not in with_a_body:
             imagined.append(task)
     own = [
@@ -230,6 +235,7 @@ def accounts(history: History) -> Accounts:
         failed=counts["failed"],
         queued=counts["queued"],
         lost=tuple(lost),
+        lost_with_a_worker=tuple(lost_with_a_worker),
         imagined=tuple(imagined),
         skipped_by_themselves=tuple(own),
     )

@@ -15,9 +15,6 @@ import psycopg
 
 from tests.faults.stages import Holder, Stage
 
-# How often it is tried to find a moment in which Celery itself would lose nothing.
-MOMENTS = 40
-
 Injection = Callable[[Stage, "Aim"], bool | None]
 
 
@@ -95,23 +92,9 @@ def _hard_limit(stage: Stage, aim: Aim) -> None:
     stage.send(aim.random.choice(stage.keys), 1.5, time_limit=0.6)
 
 
-def _kill_worker(stage: Stage, aim: Aim) -> bool | None:
+def _kill_worker(stage: Stage, aim: Aim) -> bool:
     worker = aim.random.choice(stage.workers.all)
-    for _ in range(MOMENTS):
-        if not worker.runs:
-            return False
-        with stage.messages.paused():
-            # Between taking a message from Redis and noting that it has it, a worker that is killed loses
-            # it, as Celery has it: so a moment is chosen in which none is on the way.
-            os.kill(worker.process.pid, signal.SIGSTOP)
-            queued, in_hand = stage.messages.where()
-            if set(stage.unfinished()) <= queued | in_hand:
-                worker.process.kill()
-                worker.process.wait()
-                return None
-            os.kill(worker.process.pid, signal.SIGCONT)
-        time.sleep(0.02)
-    return False
+    return worker.runs and not stage.kill(worker)
 
 
 def _shut_down_worker(stage: Stage, aim: Aim) -> None:

@@ -90,6 +90,7 @@ class Report:
         for name in ("done", "skipped", "failed", "queued"):
             lines.append(f"  {name:18} {getattr(self.accounts, name):6}")
         lines.append(f"  LOST               {len(self.accounts.lost):6}")
+        lines.append(f"  lost with a worker {len(self.accounts.lost_with_a_worker):6}")
         lines.append(f"  skipped by itself  {len(self.accounts.skipped_by_themselves):6}")
         lines.append(f"leaks                {len(self.leaks):6}")
         lines += ["", "seconds after a fault (median / most)"]

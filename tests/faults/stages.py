@@ -21,7 +21,7 @@ import psycopg
 from tests.faults.histories import Event, Journal, Tail, now
 from tests.faults.messages import Messages
 from tests.faults.proxy import Proxy
-from tests.faults.workers import PROJECT, Workers
+from tests.faults.workers import PROJECT, Worker, Workers
 from tests.servers import Cluster, broker
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ CHILDREN = 3
 
 # Seconds after which the broker delivers again what nobody has acknowledged.
 VISIBILITY_TIMEOUT = 6
+
+# How often it is tried to find a moment in which a worker can be killed.
+MOMENTS = 40
 
 LOOK_EVERY = 0.05
 STALL = 0.05
@@ -184,7 +187,9 @@ class Stage:
             if not _runs(event.process):
                 del self._holders[attempt]
         for worker in self.workers.all:
-            if news := worker.look_after():
+            if worker.is_overdue:
+                self._kill_who_does_not_end(worker)
+            if news := worker.revive():
                 self.journal.write("worker", text=news)
 
     def holders(self) -> list[Holder]:
@@ -240,6 +245,24 @@ class Stage:
         self._finished.update(task for task, recorded in outcomes.items() if _is_final(recorded))
         return [task for task in asked if task not in self._finished]
 
+    def kill(self, worker: Worker) -> list[str]:
+        """Kill a worker in a moment in which Celery itself loses nothing.
+
+        Between the moment in which Redis gives out a message and the worker's note that it has it, who is
+        killed loses it. Answers which messages seem to be on that way, if such a moment does not come.
+        """
+        for _ in range(MOMENTS):
+            with self.messages.paused():
+                os.kill(worker.process.pid, signal.SIGSTOP)
+                queued, in_hand = self.messages.where()
+                on_the_way = set(self.unfinished()) - queued - in_hand
+                if not on_the_way:
+                    worker.kill()
+                    return []
+                os.kill(worker.process.pid, signal.SIGCONT)
+            time.sleep(0.02)
+        return sorted(on_the_way)
+
     def redeliver(self, visibility_timeout: float | None = None) -> None:
         self.messages.restore(self._work.app, visibility_timeout)
 
@@ -289,6 +312,14 @@ class Stage:
 
     def _number_of(self, process: int) -> int:
         return next((worker.number for worker in self.workers.all if worker.has_been(process)), 0)
+
+    def _kill_who_does_not_end(self, worker: Worker) -> None:
+        worker.tell_where_it_is()
+        time.sleep(1)
+        self.journal.write("worker", text=f"{worker.name} did not end in time, and was killed")
+        if on_the_way := self.kill(worker):
+            worker.kill()
+            self.journal.write("lost with a worker", tasks=on_the_way)
 
     def _through(self, proxy: Proxy) -> str:
         return f"postgresql://postgres@127.0.0.1:{proxy.port}/postgres"

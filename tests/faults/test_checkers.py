@@ -258,6 +258,16 @@ class TestAccounts:
         )
         assert found.lost == ("t",)
 
+    def test_one_on_its_way_into_a_worker_that_hung_is_told_apart(self):
+        found = checkers.accounts(
+            history(
+                one("sent", 1, task="t"),
+                one("lost with a worker", 2, tasks=["t"]),
+                one("outcome", 9, task="t", outcome="lost"),
+            )
+        )
+        assert (found.lost, found.lost_with_a_worker) == ((), ("t",))
+
     def test_done_without_a_body_that_came_to_its_end_is_imagined(self):
         found = checkers.accounts(
             history(

@@ -73,17 +73,27 @@ class Worker:
         self.process.terminate()
         self._end_by = time.monotonic() + END_SECONDS
 
-    def look_after(self) -> str:
-        """Start it again if it has ended, and kill it if it does not end; tells what was done."""
-        if not self.runs:
-            code = self.process.returncode
-            self.start()
-            return f"{self.name} had ended with {code}, and was started again"
-        if self._end_by is not None and time.monotonic() > self._end_by:
-            self._kill_group(self.process.pid)
-            self._end_by = None
-            return f"{self.name} did not end within {END_SECONDS} s, and was killed"
-        return ""
+    @property
+    def is_overdue(self) -> bool:
+        """Whether it was asked to end long ago, and has not."""
+        return self.runs and self._end_by is not None and time.monotonic() > self._end_by
+
+    def tell_where_it_is(self) -> None:
+        """Let it write to its log what all its threads are doing: Celery does so on this signal."""
+        self.process.send_signal(signal.SIGUSR1)
+
+    def kill(self) -> None:
+        """Its children end with it."""
+        self.process.kill()
+        self.process.wait()
+
+    def revive(self) -> str:
+        """Start it again if it has ended; tells what was done."""
+        if self.runs:
+            return ""
+        code = self.process.returncode
+        self.start()
+        return f"{self.name} had ended with {code}, and was started again"
 
     def kill_all(self) -> None:
         """The workers under this name, and all the children that they left."""
