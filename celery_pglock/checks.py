@@ -12,7 +12,8 @@ from django.db import DatabaseError
 
 from celery_pglock import config
 from celery_pglock.errors import LockMisuse
-from celery_pglock.raw_connections import OnStandby, check_exclusion, check_vendor
+from celery_pglock.raw_connections import OnStandby, check_vendor
+from celery_pglock.sessions import check_alias
 from celery_pglock.task_options import session_level_aliases, task_side_effect
 
 _binding_all_tasks = ContextVar("_binding_all_tasks", default=False)
@@ -66,7 +67,7 @@ def locks_exclude(databases: Sequence[str] | None = None, **_: Any) -> list[chec
         return []
     try:
         current_app.loader.import_default_modules()
-        aliases = session_level_aliases(current_app).intersection(databases)
+        aliases = session_level_aliases(current_app).keys() & set(databases)
     except LockMisuse:
         # tasks_can_work() tells.
         return []
@@ -76,7 +77,8 @@ def locks_exclude(databases: Sequence[str] | None = None, **_: Any) -> list[chec
 def _exclusion(alias: str) -> list[checks.CheckMessage]:
     where = f"DATABASES[{alias!r}]"
     try:
-        check_exclusion(alias, config.current().lease)
+        # Not whether strict locks have their table: `migrate`, which makes it, checks first.
+        check_alias(alias, strict=False)
     except (LockMisuse, OnStandby) as error:
         return [checks.Error(str(error), obj=where, id="celery_pglock.E003")]
     except DatabaseError as error:

@@ -22,6 +22,8 @@ LONGEST_TASK_ID = 200
 ROW_TIMEOUT: Final = 0.2
 LONGEST_ROW_TIMEOUT: Final = 1.0
 
+HAS_TABLE = f"SELECT to_regclass('{TABLE}') IS NOT NULL"
+
 # Evaluated step by step, each from the one before: the locks, the token, the rows.
 TAKE = f"""
 WITH taken ({{names}}) AS MATERIALIZED (SELECT {{select}}),

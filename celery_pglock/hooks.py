@@ -12,7 +12,8 @@ from celery_pglock import config, interruptions, work_connections
 from celery_pglock.errors import LockMisuse
 from celery_pglock.locks import forget_what_was_left
 from celery_pglock.pool import close_leftovers, pool
-from celery_pglock.raw_connections import OnStandby, check_exclusion
+from celery_pglock.raw_connections import OnStandby
+from celery_pglock.sessions import check_alias
 from celery_pglock.task_options import session_level_aliases
 
 logger = logging.getLogger(__name__)
@@ -30,9 +31,9 @@ def connect() -> None:
 def _refuse_what_cannot_work(sender: Any = None, **_: Any) -> None:
     # SystemExit, because Celery only logs any other exception of a receiver.
     try:
-        settings = config.current()
-        for alias in session_level_aliases(sender.app):
-            _check_exclusion(alias, settings.lease)
+        config.current()
+        for alias, strict in session_level_aliases(sender.app).items():
+            _check(alias, strict=strict)
     except LockMisuse as misuse:
         raise SystemExit(str(misuse)) from None
     implementation = getattr(sender, "pool_cls", "")
@@ -43,9 +44,9 @@ def _refuse_what_cannot_work(sender: Any = None, **_: Any) -> None:
         )
 
 
-def _check_exclusion(alias: str, lease: float) -> None:
+def _check(alias: str, *, strict: bool) -> None:
     try:
-        check_exclusion(alias, lease)
+        check_alias(alias, strict=strict)
     except OnStandby as standby:
         raise LockMisuse(str(standby)) from None
     except DatabaseError as error:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import psycopg
 from django.db import DatabaseError, OperationalError, connections
-from psycopg.pq import TransactionStatus
+from psycopg.pq import ExecStatus, TransactionStatus
 
 from celery_pglock import polls
 from celery_pglock.clocks import now
@@ -27,6 +27,10 @@ class Lifeline:
 
     ``lease`` is in seconds: the server ends a session that has been silent for so long, and its holder gives
     it up before that. ``loss`` says why it was given up; empty while it is not.
+
+    Whoever speaks holds ``speaking``: its owner for as long as a statement takes, the watcher only to send a
+    beat or to read its answer, without ever waiting. Giving the session up takes no lock, nor does looking at
+    the descriptor, which is open until ``close()``.
     """
 
     def __init__(
@@ -189,7 +193,9 @@ class Lifeline:
                 assert self._beat_at is not None
                 self._heard_at, self._beat_at = self._beat_at, None
                 return
-            if result.get_value(0, 0) != str(self.backend_pid).encode():
+            if result.status != ExecStatus.TUPLES_OK:
+                self.lose(result.error_message.decode(errors="replace").strip())
+            elif result.get_value(0, 0) != str(self.backend_pid).encode():
                 self.lose("another backend answered than the one that keeps it")
 
     def _has_ended(self) -> bool:

@@ -104,11 +104,6 @@ def connect(alias: str, application_name: str, lease: float) -> RawConnection:
             raise
 
 
-def check_exclusion(alias: str, lease: float) -> None:
-    """Connect, and refuse as ``connect()`` does a server on which session-level locks would not exclude."""
-    connect(alias, "pglock", lease).psycopg.close()
-
-
 def on_standby(alias: str) -> OnStandby:
     """The error that tells where to lock instead."""
     return OnStandby(

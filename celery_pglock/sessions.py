@@ -59,6 +59,19 @@ class Refused(Exception):
     """PostgreSQL would not wait any longer; the message says why, and nothing was gained."""
 
 
+def check_alias(alias: str, *, strict: bool) -> None:
+    """Connect, and refuse an alias through which session-level locks would not exclude.
+
+    With ``strict`` also one that cannot keep tokens. Raises ``LockMisuse`` and Django's errors.
+    """
+    session = LockSession(alias, Owner())
+    try:
+        if strict and session.rows(fences.HAS_TABLE, []) != [(True,)]:
+            raise _no_table(alias)
+    finally:
+        session.close()
+
+
 def mode(*, shared: bool) -> str:
     """The lock's mode as ``pg_locks`` names it."""
     return "ShareLock" if shared else "ExclusiveLock"
@@ -407,10 +420,7 @@ class LockSession:
             if isinstance(error.__cause__, InvalidParameterValue) and SOMEBODY_ELSE in str(error):
                 raise pooled(self.alias) from None
             if isinstance(error.__cause__, UndefinedTable):
-                raise LockMisuse(
-                    f"Strict locks keep a row for each key, and alias {self.alias!r} has no table for them: "
-                    f"with 'celery_pglock' in INSTALLED_APPS run manage.py migrate --database={self.alias}."
-                ) from None
+                raise _no_table(self.alias) from None
             raise
 
     def _beat(self) -> str:
@@ -463,6 +473,13 @@ class LockSession:
         self._since = {key: since for key, since in self._since.items() if key in held}
         now = time.time()
         return [Holding(key, self._since.get(key, now)) for key in sorted(held | set(fresh))]
+
+
+def _no_table(alias: str) -> LockMisuse:
+    return LockMisuse(
+        f"Strict locks keep a row for each key, and alias {alias!r} has no table for them: with "
+        f"'celery_pglock' in INSTALLED_APPS run manage.py migrate --database={alias}."
+    )
 
 
 def _application_name(owner: Owner) -> str:

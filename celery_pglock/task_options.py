@@ -65,6 +65,11 @@ class TaskOptions:
     on_lost: Any
     strict: Any
 
+    def is_strict(self) -> bool:
+        """Whether the lock comes with a fencing token."""
+        # A transaction-level lock needs none: its work is rolled back with it.
+        return current().STRICT and not self.xact if self.strict is UNSET else bool(self.strict)
+
     def alias(self) -> str:
         """The alias in ``DATABASES`` whose server keeps the lock."""
         return str(current().USING if self.using is UNSET else self.using)
@@ -85,8 +90,7 @@ class TaskOptions:
         settings = current()
         limit = self.limit(*args, **kwargs) if callable(self.limit) else self.limit
         check_limit(limit, "lock_limit")
-        # A transaction-level lock needs no token: its work is rolled back with it.
-        strict = settings.STRICT and not self.xact if self.strict is UNSET else self.strict
+        strict = self.is_strict()
         if strict and (self.shared or limit > 1):
             raise _not_strict(self.task_name)
         lock = advisory(
@@ -213,14 +217,21 @@ def options_of(task: type[Any]) -> TaskOptions:
     )
 
 
-def session_level_aliases(app: Any) -> set[str]:
-    """The aliases whose servers keep session-level locks of the app's tasks; binds all its tasks."""
+def session_level_aliases(app: Any) -> dict[str, bool]:
+    """The aliases whose servers keep session-level locks of the app's tasks, and whether strict ones.
+
+    Binds all its tasks.
+    """
     if not current().ENABLED:
-        return set()
+        return {}
     app.finalize(auto=True)
     # Reading a task's app binds the task.
     options = [getattr(task, "_lock_options", None) for task in app.tasks.values() if task.app]
-    return {one.alias() for one in options if isinstance(one, TaskOptions) and not one.xact}
+    strict_by_alias: dict[str, bool] = {}
+    for one in options:
+        if isinstance(one, TaskOptions) and not one.xact:
+            strict_by_alias[one.alias()] = strict_by_alias.get(one.alias(), False) or one.is_strict()
+    return strict_by_alias
 
 
 def states_an_option(task: type[Any]) -> bool:

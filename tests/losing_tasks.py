@@ -92,6 +92,14 @@ def tries_again(self, key):
     return self.request.retries
 
 
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_on_lost="fail")
+def asks_for_another_run_and_fails(self, key):
+    note(self, key, "begins")
+    if self.request.retries == 0:
+        self.retry(countdown=0, throw=False)
+        time.sleep(0.5)
+
+
 @app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_side_effect=Skip("skipped"))
 def fails_by_itself(self, key, seconds=0.5):
     note(self, key, "begins")

@@ -30,6 +30,14 @@ def in_transaction_in_outages(self, key):
     return "done"
 
 
+@app.task(
+    base=XactAdvisoryTask, bind=True, lock_key="{key}", lock_timeout=20, lock_side_effect=Skip("skipped")
+)
+def waits_in_transaction_in_outages(self, key):
+    note(self)
+    return "done"
+
+
 @app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_strict=True, lock_side_effect=Skip("skipped"))
 def strict_in_outages(self, key):
     note(self)

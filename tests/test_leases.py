@@ -1,5 +1,9 @@
 """A lock session is heard while it holds something, and costs nothing while it does not."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -170,6 +174,32 @@ class TestWatching:
         thread.start()
         thread.join()
         wait_until(lambda: rival.could_take("k"), "its session has ended")
+
+    def test_a_fork_does_not_keep_the_session_of_a_parent_that_is_killed(self, rival):
+        code = """
+import django, os, time
+django.setup()
+from celery_pglock import advisory
+advisory("k").acquire()
+if not os.fork():
+    time.sleep(60)
+time.sleep(60)
+"""
+        environment = {
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "tests.settings",
+            "TEST_DATABASE_NAME": connections["default"].settings_dict["NAME"],
+        }
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
+        try:
+            wait_until(lambda: rival.sees_held("k"))
+            # Until the fork is done.
+            time.sleep(0.2)
+            process.kill()
+            wait_until(lambda: rival.could_take("k"), seconds=1)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def test_a_session_that_cannot_be_watched_is_given_up(self, rival, monkeypatch, caplog):
         def fail(_):

@@ -12,6 +12,7 @@ from celery_pglock import LockLost
 from celery_pglock.models import LossCount
 from tests.conftest import running_worker, wait_until
 from tests.losing_tasks import (
+    asks_for_another_run_and_fails,
     fails_at_its_end,
     fails_by_itself,
     is_interrupted,
@@ -138,6 +139,12 @@ class TestInPrefork:
         with pytest.raises(LockLost):
             result.get(timeout=10)
         assert Entry.objects.filter(key="k", what="ends").exists()
+
+    def test_what_a_failing_task_has_sent_about_itself_is_sent_all_the_same(self, send, rival):
+        send(asks_for_another_run_and_fails, "k")
+        begun("k")
+        end_the_session(rival)
+        begun("k", times=2)
 
     def test_warn_lets_the_task_succeed_and_tells(self, send, rival):
         result = send(is_only_warned, "k")

@@ -1,5 +1,6 @@
 """Where no lock can be taken the body does not run, and the message stays."""
 
+import re
 from contextlib import ExitStack
 
 import psycopg
@@ -17,6 +18,7 @@ from tests.outage_tasks import (
     skips_in_outages,
     strict_in_outages,
     tells_headers_in_outages,
+    waits_in_transaction_in_outages,
 )
 from tests.servers import Cluster
 
@@ -124,6 +126,40 @@ def test_a_server_that_takes_no_writes_has_no_strict_locks(worker, cluster):
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
             )
     assert result.get(timeout=30) == "done"
+
+
+def test_a_copy_of_a_message_leaves_the_state_alone(worker, cluster):
+    cluster.stop("fast")
+    result = skips_in_outages.apply_async(["k"], queue=worker.queue, headers={"pglock_copy": True})
+    wait_until(lambda: worker.log.count(f"[{result.id}] did not run and comes back") == 2)
+    assert result.state in (states.PENDING, states.STARTED)
+    cluster.start()
+    assert result.get(timeout=30) == "done"
+
+
+def test_a_wait_that_the_server_cuts_short_is_a_conflict(worker, cluster):
+    with psycopg.connect(cluster.url, autocommit=True) as holder:
+        holder.execute("ALTER ROLE postgres SET statement_timeout = '200ms'")
+        holder.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        holder.execute("SELECT pg_advisory_lock(%s)", advisory("taken").keys[0].arguments)
+        try:
+            result = waits_in_transaction_in_outages.apply_async(["taken"], queue=worker.queue)
+            assert result.get(timeout=10) == "skipped"
+        finally:
+            holder.execute("ALTER ROLE postgres RESET statement_timeout")
+
+
+def test_a_worker_with_strict_tasks_needs_their_table(worker, cluster):
+    with psycopg.connect(cluster.url, autocommit=True) as keeper:
+        keeper.execute("CREATE DATABASE unmigrated")
+    refused = re.compile("exit code [1-9].*no table for them.*migrate --database=default", re.DOTALL)
+    with (
+        pytest.raises(AssertionError, match=refused),
+        running_worker(
+            "unmigrated", DATABASE_URL=cluster.url, TEST_DATABASE_NAME="unmigrated", TASKS="outage_tasks"
+        ),
+    ):
+        pass
 
 
 def test_without_a_message_the_error_is_the_callers(cluster):
