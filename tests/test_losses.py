@@ -100,7 +100,7 @@ class TestInPrefork:
         end_the_session(rival)
         with pytest.raises(LockLost):
             result.get(timeout=10)
-        wait_until(lambda: not rival.ask(SLEEPING), "the statement is cancelled")
+        wait_until(lambda: not rival.ask(SLEEPING), "the statement is cancelled", seconds=5)
 
     def test_the_next_task_of_the_same_child_is_never_interrupted(self, send, rival):
         # A loss at the very end of a body: the signal may still be on its way.
