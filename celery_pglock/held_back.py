@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 # A message that the broker refused is tried at most twice a second.
 SHORTEST_PAUSE = 0.5
-LONGEST_PAUSE = 30.0
+LONGEST_PAUSE = 5.0
 
 
 class BrokerRefused(Exception):

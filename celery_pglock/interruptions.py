@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from django.db.transaction import Atomic
+
 from celery_pglock.clocks import now
 
 logger = logging.getLogger(__name__)
@@ -86,9 +88,19 @@ def forget_what_was_left() -> None:
         _running.clear()
 
 
+def _is_between_transactions(frame: FrameType | None) -> bool:
+    # In the middle of Django's own BEGIN or COMMIT an error would leave the connection unusable, and another
+    # would hide it. The order is repeated soon.
+    while frame is not None and frame.f_code is not Interruption.run.__code__:
+        if frame.f_code in (Atomic.__enter__.__code__, Atomic.__exit__.__code__):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _interrupt(_number: int, frame: FrameType | None) -> None:
     # At the frame of run() itself the body has not begun yet, or is over: its result is not thrown away.
-    if frame is None or frame.f_code is Interruption.run.__code__:
+    if frame is None or frame.f_code is Interruption.run.__code__ or _is_between_transactions(frame):
         return
     for interruption in reversed(_running):
         interruption.make()

@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from django.db import connection, transaction
 
 from celery_pglock import LockLost, interruptions
 from celery_pglock.interruptions import SIGNAL, Interruption, can_interrupt
@@ -111,6 +112,30 @@ def test_an_inner_body_and_then_the_outer_one_are_interrupted():
     run(outer)
     ordering.join()
     assert told == ["inner", "outer"]
+
+
+def test_djangos_own_commit_is_not_torn(transactional_db):
+    table = "CREATE TABLE slow (id int); CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$"
+    table += " BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$;"
+    table += " CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED"
+    table += " FOR EACH ROW EXECUTE FUNCTION slow()"
+    with connection.cursor() as cursor:
+        cursor.execute(table)
+
+    def commits_slowly(_):
+        with transaction.atomic(), connection.cursor() as cursor:
+            cursor.execute("INSERT INTO slow VALUES (1)")
+        sleep_in_pieces(5)
+
+    try:
+        with pytest.raises(LockLost):
+            run(commits_slowly, seconds=2.0)
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT count(*) FROM slow")
+            assert cursor.fetchone() == (1,)
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("DROP TABLE slow; DROP FUNCTION slow()")
 
 
 def test_another_threads_body_is_not_interrupted():
