@@ -154,7 +154,7 @@ class Lifeline:
         """End the session at once, whatever it may be doing."""
         with self.speaking:
             if self._beat_at is None and not self.loss:
-                cancel(self.connection)
+                cancel(self.connection, checks_its_client=True)
             with self._closing:
                 self.connection.close()
                 own, self.socket = self.socket, -1

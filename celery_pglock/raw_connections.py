@@ -195,14 +195,19 @@ def _shut_down_after(seconds: float, connection: psycopg.Connection[Any]) -> Ite
         timer.join()
 
 
-def cancel(connection: psycopg.Connection[Any]) -> None:
-    """Close it, and cancel what it still runs: a lock could be granted later to somebody who gave up."""
+def cancel(connection: psycopg.Connection[Any], *, checks_its_client: bool = False) -> None:
+    """Close it, and cancel what it still runs: a lock could be granted later to somebody who gave up.
+
+    ``checks_its_client`` is for a server that finds out by itself, within ``client_connection_check_interval``.
+    """
     try:
-        # Before libpq 17 cancelling has no timeout, and stops the whole process. Without it the server finds
-        # out for itself: client_connection_check_interval.
-        is_active = connection.pgconn.transaction_status == TransactionStatus.ACTIVE
-        if is_active and psycopg.capabilities.has_cancel_safe():
+        if connection.pgconn.transaction_status != TransactionStatus.ACTIVE:
+            return
+        if psycopg.capabilities.has_cancel_safe():
             connection.cancel_safe(timeout=CANCEL_SECONDS)
+        elif not checks_its_client:
+            # Before libpq 17 it has no timeout, and stops all threads of the process until it is answered.
+            connection.cancel()
     except psycopg.Error as error:
         logger.warning("Cancelling a statement that was interrupted failed: %s", error)
     finally:

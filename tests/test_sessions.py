@@ -224,7 +224,7 @@ class TestInterrupts:
         interrupt(0.3)
         with pytest.raises(Interrupted):
             advisory("taken").acquire()
-        assert not rival.sees_held("taken", granted=False)
+        wait_until(lambda: not rival.sees_held("taken", granted=False), seconds=2)
         rival.give_back("taken")
         assert rival.could_take("taken")
         with advisory("taken") as acquired:
@@ -311,7 +311,7 @@ class TestInterrupts:
         interrupt(0.3)
         with pytest.raises(Interrupted):
             advisory("taken", xact=True).__enter__()
-        assert not rival.sees_held("taken", granted=False)
+        wait_until(lambda: not rival.sees_held("taken", granted=False), seconds=2)
         with advisory("other", xact=True) as acquired:
             assert acquired
 
