@@ -159,6 +159,9 @@ class Lifeline:
                 self.connection.close()
                 own, self.socket = self.socket, -1
                 if own >= 0:
+                    # A watcher that polls the socket right now keeps it open, and the server in the dark.
+                    with suppress(OSError):
+                        shut_down(own)
                     os.close(own)
 
     def _beat(self, beat: Callable[[], str] | None) -> None:

@@ -198,7 +198,7 @@ def _shut_down_after(seconds: float, connection: psycopg.Connection[Any]) -> Ite
 def cancel(connection: psycopg.Connection[Any], *, checks_its_client: bool = False) -> None:
     """Close it, and cancel what it still runs: a lock could be granted later to somebody who gave up.
 
-    ``checks_its_client`` is for a server that finds out by itself, within ``client_connection_check_interval``.
+    ``checks_its_client`` is for a server that finds out by itself: ``client_connection_check_interval``.
     """
     try:
         if connection.pgconn.transaction_status != TransactionStatus.ACTIVE:

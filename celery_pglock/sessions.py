@@ -317,7 +317,8 @@ class LockSession:
 
     def abandon(self) -> None:
         """Close it in the middle of whatever it does, so that nothing is granted to it later."""
-        self._line.close()
+        if self.is_ours:
+            self._line.close()
         self.close()
 
     def _take(

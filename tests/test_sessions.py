@@ -230,6 +230,14 @@ class TestInterrupts:
         with advisory("taken") as acquired:
             assert acquired
 
+    def test_nor_does_one_where_libpq_cannot_cancel_safely(self, rival, interrupt, monkeypatch):
+        monkeypatch.setattr("psycopg.capabilities.has_cancel_safe", lambda: False)
+        rival.take("taken")
+        interrupt(0.3)
+        with pytest.raises(Interrupted):
+            advisory("taken").acquire()
+        wait_until(lambda: not rival.sees_held("taken", granted=False), seconds=1)
+
     def test_an_interrupted_wait_loses_the_outer_locks_of_its_session(self, rival, interrupt):
         rival.take("taken")
         with pytest.raises(LockLost, match="'outer'"), advisory("outer"):

@@ -2,7 +2,9 @@
 
 import threading
 import time
+from contextlib import suppress
 
+import psycopg
 import pytest
 from django.core.management import call_command
 from django.db import OperationalError, connection, connections, transaction
@@ -354,6 +356,12 @@ def breaking(rival, django_db_blocker):
         leave()
 
 
+def replayed(standby):
+    """The newest token of which a standby knows."""
+    with psycopg.connect(standby.url) as replica, suppress(psycopg.errors.UndefinedTable):
+        return replica.execute("SELECT max(number) FROM celery_pglock_keystate").fetchone()[0]
+
+
 def test_tokens_rise_over_crashes_and_failovers_that_forget_some(breaking):
     def next_token():
         hold = strict("k", using="breaking").take()
@@ -367,7 +375,8 @@ def test_tokens_rise_over_crashes_and_failovers_that_forget_some(breaking):
         connections["breaking"].close()
         cluster.restart("immediate")
         tokens.append(next_token())
-        # Of what follows the standby sees nothing; a sequence is logged some 32 numbers ahead.
+        wait_until(lambda: replayed(standby) == tokens[-1].number, "the standby has followed")
+        # Of what follows it sees nothing; a sequence is logged some 32 numbers ahead.
         standby.stop()
         tokens += [next_token() for _ in range(70)]
         cluster.stop("immediate")
