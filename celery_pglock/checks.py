@@ -82,6 +82,6 @@ def _exclusion(alias: str) -> list[checks.CheckMessage]:
     except (LockMisuse, OnStandby) as error:
         return [checks.Error(str(error), obj=where, id="celery_pglock.E003")]
     except DatabaseError as error:
-        message = f"Whether locks exclude could not be seen: {str(error).strip()}"
+        message = f"Could not check whether locks through it exclude: {str(error).strip()}"
         return [checks.Warning(message, obj=where, id="celery_pglock.W001")]
     return []

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from django.db import connections
 from django.db.models import Model, QuerySet
 
 from celery_pglock.claims import Hold
@@ -58,7 +59,15 @@ class HeldLock:
         several statements, as ``delete()`` and ``save()`` may, belongs into a transaction with the guarded
         query: nobody gets the lock before its end. The table has to be in the lock's database.
         """
-        return queryset if self.token == NO_TOKEN else queryset.filter(IsNewest(self._hold.tokens))
+        if self.token == NO_TOKEN:
+            return queryset
+        databases = [connections[alias].settings_dict["NAME"] for alias in (queryset.db, self._hold.using)]
+        if len(set(databases)) > 1:
+            raise LockMisuse(
+                f"Lock {self.name!r} is kept on the alias {self._hold.using!r}, in another database than "
+                f"{queryset.db!r}, and its token guards only what is there: set lock_using or using()."
+            )
+        return queryset.filter(IsNewest(self._hold.tokens))
 
     def __str__(self) -> str:
         return self.name

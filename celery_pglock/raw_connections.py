@@ -115,6 +115,13 @@ def on_standby(alias: str) -> OnStandby:
 
 def pooled(alias: str) -> LockMisuse:
     """The error that tells how to do without session-level locks through a pooler."""
+    if current().POOLER == "session":
+        return LockMisuse(
+            f"CELERY_PGLOCK['POOLER'] says that the connection pooler before the database alias {alias!r} "
+            f"runs in session mode, but it let two lock sessions share a backend: it runs in another mode, "
+            f"or does not reset sessions. Session-level locks through it exclude nobody: see pool_mode and "
+            f"server_reset_query of PgBouncer, or point CELERY_PGLOCK['USING'] at a direct alias."
+        )
     return LockMisuse(
         f"Between the database alias {alias!r} and its server is a connection pooler, such as PgBouncer. "
         f"Unless it runs in session mode, session-level locks through it exclude nobody. Point lock_using, "

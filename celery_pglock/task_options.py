@@ -9,7 +9,10 @@ from enum import Enum
 from string import Formatter
 from typing import Any, Final
 
+from django.conf import settings as django_settings
+
 from celery_pglock.argument_texts import MEMORY_ADDRESS, UnstableText, canonical_text, plain
+from celery_pglock.claims import LOCK_DELAY
 from celery_pglock.config import check_alias, check_on_lost, current
 from celery_pglock.durations import UNSET, seconds
 from celery_pglock.errors import LockMisuse, did_you_mean
@@ -194,11 +197,17 @@ def options_of(task: type[Any]) -> TaskOptions:
         raise _wrong(task, "shared holders are not counted: use lock_shared or lock_limit, not both.")
     if given["lock_strict"] is True and (given["lock_shared"] or limit != 1):
         raise _not_strict(task.name)
+    if given["lock_strict"] is True and django_settings.configured:
+        try:
+            _check_delay(task, current().lease)
+        except LockMisuse as misuse:
+            raise _wrong(task, str(misuse)) from None
     for name in ("lock_on_lost", "lock_strict"):
         if given["lock_xact"] and given[name] not in (UNSET, False):
             raise _wrong(
                 task,
-                f"{name} is for session-level locks: with lock_xact the work is rolled back with the lock.",
+                f"{name} is for session-level locks, and with lock_xact the work is rolled back with the "
+                f"lock: remove one of them.",
             )
     return TaskOptions(
         task_name=task.name,
@@ -239,6 +248,18 @@ def states_an_option(task: type[Any]) -> bool:
     return any(name in vars(task) for name in OPTIONS)
 
 
+def _check_delay(task: type[Any], lease: float) -> None:
+    delay = LOCK_DELAY * lease
+    for name in ("soft_time_limit", "time_limit"):
+        limit = getattr(task, name, None)
+        if limit is not None and limit <= delay:
+            raise LockMisuse(
+                f"after a holder that did not leave in order a strict lock is delayed by {delay:g} s (of "
+                f"CELERY_PGLOCK['LEASE']), which leaves nothing of {name} ({limit:g} s): each run would end "
+                f"in its delay. Raise the limit, or lower LEASE."
+            )
+
+
 def _not_strict(task_name: str) -> LockMisuse:
     return LockMisuse(
         f"Task {task_name}: a fencing token is one holder's alone: lock_strict (or CELERY_PGLOCK['STRICT']) "
@@ -258,7 +279,8 @@ def _check_names(task: type[Any]) -> None:
         if name.startswith("lock_") and name not in known:
             raise _wrong(
                 task,
-                f"there is no option {name!r}, and the prefix lock_ is reserved.{did_you_mean(name, known)}",
+                f"there is no option {name!r}, and the prefix lock_ is reserved."
+                f"{did_you_mean(name, OPTIONS)}",
             )
 
 

@@ -324,6 +324,13 @@ class TestGuards:
         finally:
             rival.connection.execute(f'ALTER DATABASE "{database}" RESET ALL')
 
+    def test_what_is_in_another_database_cannot_be_guarded(self, rival, monkeypatch):
+        hold = taken("k")
+        monkeypatch.setitem(connections["locks"].settings_dict, "NAME", "another")
+        with pytest.raises(LockMisuse, match="in another database than 'locks'"):
+            HeldLock(hold, True, Interruption()).guard(Entry.objects.using("locks"))
+        hold.give_back()
+
     def test_a_condition_can_stand_among_others(self, entry):
         hold = taken("k")
         guarded = Entry.objects.filter(IsNewest(hold.tokens), key="guarded").exclude(what="9")

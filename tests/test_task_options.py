@@ -358,6 +358,7 @@ MISUSES = [
     ({"lock_on_lost": "fail", "lock_xact": True}, "lock_on_lost is for session-level locks"),
     ({"lock_strict": "yes"}, "lock_strict must be True or False"),
     ({"lock_strict": True, "lock_xact": True}, "lock_strict is for session-level locks"),
+    ({"lock_strict": True, "soft_time_limit": 19}, "leaves nothing of soft_time_limit"),
     ({"lock_strict": True, "lock_shared": True}, "does not go with lock_shared or lock_limit"),
     ({"lock_strict": True, "lock_limit": 2}, "does not go with lock_shared or lock_limit"),
     ({"lock_xact": "no"}, "lock_xact must be True or False"),
