@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 from django.db import OperationalError, ProgrammingError, connection, connections
 
-from celery_pglock import LockLost, LockNotAcquired, Raise, advisory
+from celery_pglock import LockLost, LockMisuse, LockNotAcquired, Raise, advisory
 from celery_pglock.labels import Owner
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.sessions import LockSession
@@ -375,6 +375,14 @@ def test_a_session_is_built_from_the_settings_of_its_alias(rival, monkeypatch):
     assert row == ("pg_monitor", connection.settings_dict["NAME"], "0")
     assert rival.ask(LOCK_SESSIONS.replace("pglock%%", "pglock:some-id")) == 1
     session.close()
+
+
+def test_a_server_that_is_too_old_is_refused(rival, monkeypatch):
+    # No server of that age can be had here: so the one that answers is made too old.
+    monkeypatch.setattr("celery_pglock.raw_connections.OLDEST_SERVER", 990000)
+    with pytest.raises(LockMisuse, match="14 is the oldest that can end a silent session"):
+        advisory("k").acquire()
+    assert not rival.ask(LOCK_SESSIONS)
 
 
 def test_timeouts_of_the_database_do_not_end_a_lock(rival):
