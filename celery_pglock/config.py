@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from django.conf import settings as django_settings
@@ -12,17 +13,38 @@ from celery_pglock.durations import Duration, seconds
 from celery_pglock.errors import LockMisuse, did_you_mean
 
 # Named by the reference, built later: refused rather than silently without effect.
-NOT_AVAILABLE = frozenset(
-    {"ATTRIBUTES", "BLOCKING_ATTRIBUTES", "CONFIGS", "LIST_LIMIT"}
-    | {"HELD_AFTER", "WAITING_AFTER", "SKIPPED_AFTER", "RETENTION", "VICTIMS"}
-)
+NOT_AVAILABLE = frozenset({"HELD_AFTER", "WAITING_AFTER", "SKIPPED_AFTER", "RETENTION", "VICTIMS"})
 
+# The settings of django-pglock that stand in for those of ours that are not given.
+OF_DJANGO_PGLOCK = {
+    "ATTRIBUTES": "PGLOCK_ATTRIBUTES",
+    "BLOCKING_ATTRIBUTES": "PGLOCK_BLOCKING_ATTRIBUTES",
+    "CONFIGS": "PGLOCK_CONFIGS",
+    "LIST_LIMIT": "PGLOCK_LIMIT",
+}
 
 ON_LOST = ("interrupt", "fail", "warn")
 
 # Shorter ones would end sessions whose holders are only slow; with longer ones nobody would wait for it.
 SHORTEST_LEASE = 1.0
 LONGEST_LEASE = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What one look of an operator is about; the options of the command ``pglock`` have the same names."""
+
+    database: str | None = None
+    pids: Sequence[int] = ()
+    filters: Sequence[str] = ()
+    on: Sequence[str] = ()
+    blocking: bool = False
+    attributes: Sequence[str] = ()
+    limit: int | None = None
+    expanded: bool = False
+    yes: bool = False
+    cancel: bool = False
+    terminate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +69,38 @@ class Settings:
     """Seconds that a task waits in place for its lock."""
     ENABLED: bool = True
     """``False`` runs everything without any lock."""
+    ATTRIBUTES: Sequence[str] = (
+        "activity_id",
+        "activity__duration",
+        "granted",
+        "type",
+        "mode",
+        "rel_name",
+        "name",
+        "task_name",
+        "task_id",
+        "worker",
+        "activity__query",
+    )
+    """What the command ``pglock`` shows of a lock."""
+    BLOCKING_ATTRIBUTES: Sequence[str] = (
+        "activity_id",
+        "blocking_activity_id",
+        "wait_duration",
+        "type",
+        "mode",
+        "rel_name",
+        "name",
+        "task_id",
+        "blocking_activity__application_name",
+        "blocking_activity__state",
+        "blocking_activity__query",
+    )
+    """What ``pglock --blocking`` shows of a wait."""
+    CONFIGS: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Options of the command by the names of configurations."""
+    LIST_LIMIT: int | None = 25
+    """How many rows the command shows; ``None`` shows all."""
 
     @property
     def lease(self) -> float:
@@ -59,13 +113,18 @@ def current() -> Settings:
     given: dict[str, Any] = getattr(django_settings, "CELERY_PGLOCK", {})
     if not isinstance(given, dict):
         raise LockMisuse(f"The setting CELERY_PGLOCK must be a dict, not {given!r}.")
-    known = [field.name for field in fields(Settings)]
+    known = [setting.name for setting in fields(Settings)]
     for name in given:
         if name in NOT_AVAILABLE:
             raise LockMisuse(f"CELERY_PGLOCK[{name!r}] is not available in this version; remove it.")
         if name not in known:
             raise LockMisuse(f"CELERY_PGLOCK has no key {name!r}.{did_you_mean(str(name), known)}")
-    settings = Settings(**given)
+    theirs = {
+        name: getattr(django_settings, old)
+        for name, old in OF_DJANGO_PGLOCK.items()
+        if hasattr(django_settings, old)
+    }
+    settings = Settings(**(theirs | given))
     for name in ("SHOW_NAMES", "ENABLED", "STRICT"):
         if not isinstance(getattr(settings, name), bool):
             raise LockMisuse(
@@ -84,6 +143,37 @@ def current() -> Settings:
         )
     check_on_lost(settings.ON_LOST, "CELERY_PGLOCK['ON_LOST']")
     return settings
+
+
+def chosen(name: str | None, overrides: Mapping[str, Any]) -> Chosen:
+    """A configuration of ``CELERY_PGLOCK["CONFIGS"]``, or none, with the overrides that are not empty."""
+    settings = current()
+    options: dict[str, Any] = {}
+    if name is not None:
+        configs = settings.CONFIGS
+        if not isinstance(configs, Mapping) or name not in configs:
+            raise LockMisuse(
+                f"CELERY_PGLOCK['CONFIGS'] has no configuration {name!r}.{did_you_mean(name, configs)}"
+            )
+        options |= configs[name]
+    options |= {option: value for option, value in overrides.items() if value}
+    known = [option.name for option in fields(Chosen)]
+    for option in options:
+        if option not in known:
+            raise LockMisuse(
+                f"{option!r} is no option of the configuration {name!r}.{did_you_mean(str(option), known)}"
+            )
+    for option in ("pids", "filters", "on", "attributes"):
+        if isinstance(options.get(option, ()), str):
+            raise LockMisuse(
+                f"{option!r} of the configuration {name!r} must be a list, not {options[option]!r}."
+            )
+    if options.get("cancel") and options.get("terminate"):
+        raise LockMisuse("A backend is cancelled or terminated, not both.")
+    blocking = options.get("blocking", False)
+    options.setdefault("attributes", settings.BLOCKING_ATTRIBUTES if blocking else settings.ATTRIBUTES)
+    options.setdefault("limit", settings.LIST_LIMIT)
+    return Chosen(**options)
 
 
 def check_on_lost(given: Any, where: str) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from datetime import timedelta
 from enum import Enum
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
+
+from django.utils.dateparse import parse_duration
 
 from celery_pglock.errors import LockMisuse
 
@@ -28,6 +31,27 @@ MaybeSeconds: TypeAlias = float | _Unset | None
 # lock_timeout is an int4 of milliseconds.
 LONGEST_MILLISECONDS = 2**31 - 1
 
+# As PostgreSQL's intervals know them, in seconds. Months and years have no fixed length.
+UNITS = {
+    "us": 1e-6,
+    "microsecond": 1e-6,
+    "ms": 1e-3,
+    "millisecond": 1e-3,
+    "s": 1,
+    "sec": 1,
+    "second": 1,
+    "m": 60,
+    "min": 60,
+    "minute": 60,
+    "h": 3600,
+    "hour": 3600,
+    "d": 86400,
+    "day": 86400,
+    "w": 604800,
+    "week": 604800,
+}
+QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
+
 
 def seconds(duration: Duration, name: str) -> float | None:
     """The duration in seconds, checked; ``name`` is what an error calls it."""
@@ -47,3 +71,41 @@ def milliseconds(duration: float) -> int:
     if duration * 1000 >= LONGEST_MILLISECONDS:
         return LONGEST_MILLISECONDS
     return max(1, math.ceil(duration * 1000))
+
+
+def interval(given: Any, name: str) -> timedelta:
+    """A length of time as a timedelta; ``name`` is what an error calls it.
+
+    A text is one or several numbers with units, ``"1 minute 30 seconds"`` or ``"90s"``, or what Django's
+    ``parse_duration`` reads: ``"00:01:30"``, ``"PT1M30S"``.
+    """
+    if isinstance(given, timedelta):
+        return given
+    try:
+        if isinstance(given, str):
+            found = _quantities(given)
+            if found is None:
+                found = parse_duration(given.strip())
+            if found is not None:
+                return found
+        elif isinstance(given, int | float) and not isinstance(given, bool):
+            return timedelta(seconds=given)
+    except (ValueError, OverflowError):
+        pass
+    raise LockMisuse(f"{name} must be an interval such as '5 seconds' or '1 minute 30 s', not {given!r}.")
+
+
+def _quantities(text: str) -> timedelta | None:
+    total = 0.0
+    position = 0
+    while position < len(text):
+        found = QUANTITY.match(text, position)
+        if found is None:
+            return None
+        unit = found[2].lower()
+        length = UNITS.get(unit) or UNITS.get(unit.removesuffix("s"))
+        if length is None:
+            return None
+        total += float(found[1]) * length
+        position = found.end()
+    return timedelta(seconds=total) if text.strip() else None

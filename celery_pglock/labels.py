@@ -66,11 +66,11 @@ def comment(owner: Owner, holdings: Iterable[Holding], *, show_names: bool) -> s
     Percent-encoding leaves nothing in it that could end the comment or start a statement. It stands
     before the statement, because ``pg_stat_activity`` cuts a query's end.
     """
-    words = [f"task={_encoded(owner.task_name)}", f"id={_encoded(owner.task_id)}"]
-    words.append(f"worker={_encoded(owner.worker)}")
+    words = [f"task={encoded(owner.task_name)}", f"id={encoded(owner.task_id)}"]
+    words.append(f"worker={encoded(owner.worker)}")
     for holding in holdings:
         key = holding.key
-        name = _encoded(key.name) if show_names else ""
+        name = encoded(key.name) if show_names else ""
         words.append(f"key={key.objsubid}:{key.classid}:{key.objid}:{holding.since:.3f}:{name}")
     return f"/*pglock:1 {' '.join(words)}*/"
 
@@ -88,7 +88,7 @@ def read(query: str) -> Label | None:
     for word in words:
         name, _, value = word.partition("=")
         if name in texts:
-            texts[name] = _decoded(value)
+            texts[name] = decoded(value)
         elif name == "key" and (holding := _holding(value)):
             holdings.append(holding)
     return Label(Owner(texts["task"], texts["id"], texts["worker"]), tuple(holdings))
@@ -97,16 +97,18 @@ def read(query: str) -> Label | None:
 def _holding(text: str) -> Holding | None:
     try:
         objsubid, classid, objid, since, name = text.split(":")
-        return Holding(Key(int(objsubid), int(classid), int(objid), _decoded(name)), float(since))
+        return Holding(Key(int(objsubid), int(classid), int(objid), decoded(name)), float(since))
     except ValueError:
         # Anybody may write a comment that only looks like ours.
         return None
 
 
-def _encoded(text: str) -> str:
+def encoded(text: str) -> str:
+    """A text as a label has it: percent-encoded, and cut at ``LONGEST_NAME`` bytes before."""
     cut = text.encode("utf-8", "surrogatepass")[:LONGEST_NAME]
     return quote(cut.decode("utf-8", "ignore"), safe="")
 
 
-def _decoded(text: str) -> str:
+def decoded(text: str) -> str:
+    """The text that was encoded."""
     return unquote(text, errors="replace")

@@ -1,4 +1,4 @@
-"""What is kept about locks in tables of their own."""
+"""What is known about locks, as models of Django."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from psycopg.errors import UndefinedTable
 
 from celery_pglock import fences
 from celery_pglock.durations import milliseconds
+from celery_pglock.fields import Context, Interval, LabelText
+from celery_pglock.querysets import BlockedPGLockQuerySet, PGActivityQuerySet, PGLockQuerySet
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,117 @@ class KeyState(models.Model):
 
     def __str__(self) -> str:
         return f"key {self.pk}: token ({self.timeline}, {self.number}) of task {self.task_id}"
+
+
+class NothingToDump(models.Manager[Any]):
+    """What ``dumpdata`` finds: rows of a view cannot be loaded again."""
+
+    def get_queryset(self) -> models.QuerySet[Any]:
+        return super().get_queryset().none()
+
+
+class View(models.Model):
+    """A view of ours; nothing in it can be saved or deleted."""
+
+    no_objects: ClassVar[NothingToDump] = NothingToDump()
+
+    class Meta:
+        abstract = True
+        managed = False
+        default_manager_name = "no_objects"
+
+
+class PGActivity(View):
+    """A backend of this database, as ``pg_stat_activity`` shows it; ``id`` is its pid.
+
+    ``duration`` is the time since its statement began. ``query`` is without the comment that ``context`` was
+    read from. What this role may not see is ``None``.
+    """
+
+    id = models.IntegerField(primary_key=True)
+    start = models.DateTimeField(null=True)
+    duration = Interval(null=True)
+    query = models.TextField()
+    context = Context(null=True)
+    state = models.CharField(max_length=64, null=True)
+    xact_start = models.DateTimeField(null=True)
+    backend_start = models.DateTimeField(null=True)
+    state_change = models.DateTimeField(null=True)
+    wait_event_type = models.CharField(max_length=64, null=True)
+    wait_event = models.CharField(max_length=64, null=True)
+    backend_xid = models.CharField(max_length=64, null=True)
+    backend_xmin = models.CharField(max_length=64, null=True)
+    backend_type = models.CharField(max_length=64, null=True)
+    application_name = models.CharField(max_length=63, null=True)
+    client_addr = models.CharField(max_length=64, null=True)
+    client_hostname = models.CharField(max_length=256, null=True)
+    client_port = models.IntegerField(null=True)
+
+    objects = PGActivityQuerySet.as_manager()
+
+    def __str__(self) -> str:
+        return f"backend {self.pk} ({self.application_name or 'unnamed'}, {self.state})"
+
+
+class Lock(View):
+    """A lock that a backend holds or waits for.
+
+    ``activity`` is ``None`` for one of a transaction that was prepared. ``relation`` is the oid of the table,
+    which a wait for a row has, too. Advisory locks have the numbers that ``pg_locks`` prints, and those of
+    lock sessions the names in their labels: hints, which other roles could forge for locks of their own.
+    """
+
+    id = models.TextField(primary_key=True)
+    type = models.CharField(max_length=64)
+    activity = models.ForeignKey(
+        PGActivity, on_delete=models.DO_NOTHING, db_constraint=False, null=True, related_name="+"
+    )
+    mode = models.CharField(max_length=64)
+    granted = models.BooleanField()
+    wait_start = models.DateTimeField(null=True)
+    wait_duration = Interval(null=True)
+    rel_kind = models.CharField(max_length=32, null=True)
+    rel_name = models.CharField(max_length=63, null=True)
+    relation = models.BigIntegerField(null=True)
+    name = LabelText()
+    task_name = LabelText()
+    task_id = LabelText()
+    worker = LabelText()
+    classid = models.BigIntegerField(null=True)
+    objid = models.BigIntegerField(null=True)
+    objsubid = models.SmallIntegerField(null=True)
+
+    class Meta(View.Meta):
+        abstract = True
+
+    def __str__(self) -> str:
+        what = self.name or self.rel_name or f"{self.classid}:{self.objid}"
+        return f"{self.type} {what} in {self.mode} of backend {self.activity_id}"
+
+
+class PGLock(Lock):
+    """A lock of this database, held or waited for, as ``pg_locks`` shows it."""
+
+    objects = PGLockQuerySet.as_manager()
+
+    class Meta(Lock.Meta):
+        abstract = False
+
+
+class BlockedPGLock(Lock):
+    """A wait for a lock, once for each backend that is in the way.
+
+    ``blocking_activity`` is ``None`` for a transaction that was prepared.
+    """
+
+    blocking_activity = models.ForeignKey(
+        PGActivity, on_delete=models.DO_NOTHING, db_constraint=False, null=True, related_name="+"
+    )
+
+    objects = BlockedPGLockQuerySet.as_manager()
+
+    class Meta(Lock.Meta):
+        abstract = False
 
 
 def count_skip(sender: Any, lock: Any, conflict: Any, **_: Any) -> None:

@@ -1,0 +1,104 @@
+"""Backends that are stopped, each only while it still is what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from django.db import ProgrammingError, connections
+from psycopg.errors import InsufficientPrivilege
+
+from celery_pglock.looks import looking
+
+# How long a terminated backend may take to end before it is told that it still does, in milliseconds.
+PATIENCE = 1000
+
+# Only what runs a statement can be cancelled: a backend that waits for its client would not even notice.
+CANCEL = "CASE WHEN a.state IN ('active', 'fastpath function call') THEN pg_cancel_backend(a.pid) END"
+TERMINATE = f"pg_terminate_backend(a.pid, {PATIENCE})"
+
+# The one statement that reads the victim again and acts: its pid may belong to somebody else by now, and the
+# lock for which it was chosen may be free.
+STOP = """
+SELECT {act} FROM pg_stat_activity AS a
+WHERE a.pid = %s AND a.backend_start = %s AND a.pid <> pg_backend_pid()
+  AND EXISTS (SELECT FROM {view} AS chosen WHERE chosen.id = ANY(%s))
+"""
+
+CANCELLED = "cancelled"
+TERMINATED = "terminated"
+GONE = "gone"
+IDLE = "idle"
+STILL_ENDING = "still ending"
+NOT_PERMITTED = "not permitted"
+
+EXPLANATIONS: Final[Mapping[str, str]] = {
+    CANCELLED: "its statement was asked to end",
+    TERMINATED: "it has ended",
+    GONE: "it had ended already, or was no longer what was chosen",
+    IDLE: "it runs no statement that could be cancelled: only terminating it frees what it holds",
+    STILL_ENDING: "it was asked to end, and had not yet",
+    NOT_PERMITTED: (
+        "this role may not: it must be a member of the backend's role, or of both pg_signal_backend and "
+        "pg_read_all_stats"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """A backend that was chosen, for rows of a view that must still be there when it is stopped."""
+
+    pid: int
+    backend_start: datetime | None
+    rows: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """What became of one backend: ``outcome`` is a key of ``EXPLANATIONS``."""
+
+    pid: int
+    outcome: str
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was stopped, as far as PostgreSQL tells."""
+        return self.outcome in (CANCELLED, TERMINATED)
+
+    def __str__(self) -> str:
+        return f"backend {self.pid}: {self.outcome} ({EXPLANATIONS[self.outcome]})"
+
+
+def cancel(victims: Iterable[Victim], view: str, using: str) -> tuple[Stop, ...]:
+    """Cancel the statement that each runs now."""
+    return _stop(victims, view, using, CANCEL, {True: CANCELLED, None: IDLE})
+
+
+def terminate(victims: Iterable[Victim], view: str, using: str) -> tuple[Stop, ...]:
+    """End the session of each; its locks are freed."""
+    return _stop(victims, view, using, TERMINATE, {True: TERMINATED, False: STILL_ENDING})
+
+
+def _stop(
+    victims: Iterable[Victim], view: str, using: str, act: str, outcomes: Mapping[bool | None, str]
+) -> tuple[Stop, ...]:
+    sql = STOP.format(act=act, view=connections[using].ops.quote_name(view))
+    return tuple(Stop(victim.pid, _outcome(victim, sql, using, outcomes)) for victim in victims)
+
+
+def _outcome(victim: Victim, sql: str, using: str, outcomes: Mapping[bool | None, str]) -> str:
+    # Without its start it cannot be told from whoever has its pid next.
+    if victim.backend_start is None:
+        return NOT_PERMITTED
+    try:
+        with looking(using), connections[using].cursor() as cursor:
+            cursor.execute(sql, [victim.pid, victim.backend_start, list(victim.rows)])
+            row = cursor.fetchone()
+    except ProgrammingError as error:
+        if not isinstance(error.__cause__, InsufficientPrivilege):
+            raise
+        return NOT_PERMITTED
+    return GONE if row is None else outcomes.get(row[0], GONE)

@@ -1,0 +1,90 @@
+"""The columns of our views that are not what they are stored as."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+from django.db import models
+from django.db.models.lookups import (
+    Contains,
+    EndsWith,
+    IContains,
+    IEndsWith,
+    IExact,
+    IStartsWith,
+    StartsWith,
+)
+
+from celery_pglock import labels
+from celery_pglock.durations import interval
+from celery_pglock.errors import LockMisuse
+
+CONTEXT_OF_DJANGO_PGACTIVITY = "/*pga_context="
+
+
+class Interval(models.DurationField):  # type: ignore[type-arg]
+    """A duration; filters take timedeltas, numbers of seconds, and texts such as ``"5 seconds"``."""
+
+    def get_prep_value(self, value: Any) -> Any:
+        value = super().get_prep_value(value)
+        if value is None or isinstance(value, timedelta) or hasattr(value, "resolve_expression"):
+            return value
+        return interval(value, self.name)
+
+
+class LabelText(models.TextField):  # type: ignore[type-arg]
+    """A text in a label, percent-encoded there; empty where none is to be believed.
+
+    Of its lookups all but ``regex`` and ``iregex`` take the text as it is.
+    """
+
+    def from_db_value(self, value: str | None, expression: Any, connection: Any) -> str | None:
+        return None if value is None else labels.decoded(value)
+
+    def get_prep_value(self, value: Any) -> Any:
+        value = super().get_prep_value(value)
+        return labels.encoded(value) if isinstance(value, str) else value
+
+
+class Encoded:
+    """A lookup of a part of a text, which Django would compare with the percent-encoded one."""
+
+    rhs: Any
+
+    def get_prep_lookup(self) -> Any:
+        return labels.encoded(self.rhs) if isinstance(self.rhs, str) else self.rhs
+
+
+for lookup in (Contains, IContains, StartsWith, IStartsWith, EndsWith, IEndsWith, IExact):
+    LabelText.register_lookup(type(lookup.__name__, (Encoded, lookup), {}))
+
+
+class Context(models.TextField):  # type: ignore[type-arg]
+    """What a session says of itself in the comment before its query: our label, or django-pgactivity's.
+
+    A dict, or ``None``. It is read here and not by PostgreSQL, so it cannot be filtered by what is in it.
+    """
+
+    def from_db_value(self, value: str | None, expression: Any, connection: Any) -> Any:
+        if value is None:
+            return None
+        if value.startswith(CONTEXT_OF_DJANGO_PGACTIVITY):
+            try:
+                return json.loads(value.removeprefix(CONTEXT_OF_DJANGO_PGACTIVITY).removesuffix("*/"))
+            except ValueError:
+                return None
+        label = labels.read(value)
+        return label and {
+            "task_name": label.owner.task_name,
+            "task_id": label.owner.task_id,
+            "worker": label.owner.worker,
+            "keys": [holding.key.name for holding in label.holdings],
+        }
+
+    def get_prep_value(self, value: Any) -> Any:
+        raise LockMisuse(
+            f"{self.name} cannot be filtered by its content: filter by task_name, task_id, worker or "
+            f"application_name."
+        )

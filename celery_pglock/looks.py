@@ -1,0 +1,49 @@
+"""Looks at a server that wait for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from django.db import ProgrammingError, connections, transaction
+from psycopg.errors import UndefinedTable
+
+from celery_pglock.errors import LockMisuse
+from celery_pglock.raw_connections import check_vendor
+
+# In milliseconds: longer than any look takes, shorter than a person or a beat would wait.
+LOCK_TIMEOUT = "1000"
+STATEMENT_TIMEOUT = "10000"
+
+# Within one transaction PostgreSQL shows the activity of its first look again and again: hence the clearing.
+BOUND = """
+SELECT current_setting('lock_timeout'), current_setting('statement_timeout'),
+       set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true),
+       pg_stat_clear_snapshot()
+"""
+RESTORE = "SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)"
+
+
+@contextmanager
+def looking(alias: str) -> Iterator[None]:
+    """A transaction, or a savepoint, in which nothing waits for long, and nothing is told from memory.
+
+    Raises Django's errors, and ``LockMisuse`` where the views are missing.
+    """
+    check_vendor(alias)
+    connection = connections[alias]
+    is_nested = connection.in_atomic_block
+    try:
+        with transaction.atomic(using=alias), connection.cursor() as cursor:
+            cursor.execute(BOUND, [LOCK_TIMEOUT, STATEMENT_TIMEOUT])
+            *before, _, _, _ = cursor.fetchone()
+            yield
+            if is_nested:
+                cursor.execute(RESTORE, before)
+    except ProgrammingError as error:
+        if isinstance(error.__cause__, UndefinedTable):
+            raise LockMisuse(
+                f"The database of alias {alias!r} has no views of its locks yet: with 'celery_pglock' in "
+                f"INSTALLED_APPS run manage.py migrate celery_pglock --database={alias}."
+            ) from error
+        raise

@@ -1,0 +1,212 @@
+from typing import Any
+
+import django.db.models.deletion
+from django.db import migrations, models
+
+import celery_pglock.fields
+
+# Columns by their names only, so that pg_upgrade can bring the views to a server whose own views have others.
+ACTIVITY = r"""
+CREATE VIEW celery_pglock_pgactivity AS
+SELECT
+    pid AS id,
+    query_start AS start,
+    clock_timestamp() - query_start AS duration,
+    regexp_replace(query, '^/\*(?:pglock:1 |pga_context=)[^*]*\*/\s*', '') AS query,
+    substring(query FROM '^/\*(?:pglock:1 |pga_context=)[^*]*(?:\*/)?') AS context,
+    upper(replace(state, ' ', '_')) AS state,
+    xact_start,
+    backend_start,
+    state_change,
+    upper(regexp_replace(wait_event_type, '([a-z])([A-Z])', '\1_\2', 'g')) AS wait_event_type,
+    upper(regexp_replace(wait_event, '([a-z])([A-Z])', '\1_\2', 'g')) AS wait_event,
+    backend_xid::text AS backend_xid,
+    backend_xmin::text AS backend_xmin,
+    upper(replace(backend_type, ' ', '_')) AS backend_type,
+    application_name,
+    host(client_addr) AS client_addr,
+    client_hostname,
+    client_port
+FROM pg_stat_activity
+WHERE datname = current_database()
+"""
+
+# A label is believed where it names the very lock of the row. A backend that waits for a row waits for the
+# transaction that changed it, and holds the lock of the row itself meanwhile: that tells the table.
+LOCKS = r"""
+CREATE VIEW celery_pglock_pglock AS
+WITH locks AS MATERIALIZED (
+    SELECT locktype, database, relation, page, tuple, virtualxid, transactionid, classid, objid, objsubid,
+           virtualtransaction, pid, mode, granted, waitstart
+    FROM pg_locks
+), backends AS MATERIALIZED (
+    SELECT pid, application_name, query FROM pg_stat_activity WHERE datname = current_database()
+), this_database AS MATERIALIZED (
+    SELECT oid FROM pg_database WHERE datname = current_database()
+)
+SELECT
+    concat_ws(
+        ':', l.locktype, l.database, l.relation, l.page, l.tuple, l.virtualxid, l.transactionid, l.classid,
+        l.objid, l.objsubid, coalesce(l.pid::text, l.virtualtransaction), l.mode,
+        CASE WHEN NOT l.granted THEN 'waiting' END
+    ) AS id,
+    upper(l.locktype) AS type,
+    l.pid AS activity_id,
+    upper(regexp_replace(regexp_replace(l.mode, 'Lock$', ''), '([a-z])([A-Z])', '\1_\2', 'g')) AS mode,
+    l.granted,
+    l.waitstart AS wait_start,
+    clock_timestamp() - l.waitstart AS wait_duration,
+    CASE c.relkind
+        WHEN 'r' THEN 'TABLE'
+        WHEN 'i' THEN 'INDEX'
+        WHEN 'S' THEN 'SEQUENCE'
+        WHEN 't' THEN 'TOAST'
+        WHEN 'v' THEN 'VIEW'
+        WHEN 'm' THEN 'MATERIALIZED_VIEW'
+        WHEN 'c' THEN 'COMPOSITE_TYPE'
+        WHEN 'f' THEN 'FOREIGN_TABLE'
+        WHEN 'p' THEN 'PARTITIONED_TABLE'
+        WHEN 'I' THEN 'PARTITIONED_INDEX'
+        ELSE c.relkind::text
+    END AS rel_kind,
+    c.relname::text AS rel_name,
+    c.oid::bigint AS relation,
+    coalesce(label.name, '') AS name,
+    coalesce(CASE WHEN label.name IS NOT NULL
+        THEN substring(b.query FROM '^/\*pglock:1 task=([^ *]*) ') END, '') AS task_name,
+    coalesce(
+        nullif(CASE WHEN label.name IS NOT NULL
+            THEN substring(b.query FROM '^/\*pglock:1 [^*]*\mid=([^ *]*) ') END, ''),
+        replace(substring(b.application_name FROM '^(?:pglock|celery):(.*)$'), '%', '%25'),
+        ''
+    ) AS task_id,
+    coalesce(CASE WHEN label.name IS NOT NULL
+        THEN substring(b.query FROM '^/\*pglock:1 [^*]*\mworker=([^ *]*) ') END, '') AS worker,
+    l.classid::bigint AS classid,
+    l.objid::bigint AS objid,
+    l.objsubid
+FROM locks AS l
+CROSS JOIN this_database AS d
+LEFT JOIN backends AS b ON b.pid = l.pid
+LEFT JOIN LATERAL (
+    SELECT t.relation FROM locks AS t
+    WHERE l.locktype = 'transactionid' AND NOT l.granted
+      AND t.pid = l.pid AND t.locktype = 'tuple' AND t.granted
+    LIMIT 1
+) AS of_row ON true
+LEFT JOIN pg_class AS c ON c.oid = coalesce(l.relation, of_row.relation)
+LEFT JOIN LATERAL (
+    SELECT substring(b.query FROM concat(
+        '^/\*pglock:1 [^*]* key=', l.objsubid, ':', l.classid::bigint, ':', l.objid::bigint,
+        ':[0-9.]*:([^ *]*)[ *]'
+    )) AS name
+    WHERE l.locktype = 'advisory'
+) AS label ON true
+WHERE l.database = d.oid OR (coalesce(l.database, 0) = 0 AND b.pid IS NOT NULL)
+"""
+
+# PostgreSQL gives 0 for a transaction that was prepared, which has no backend.
+BLOCKED = """
+CREATE VIEW celery_pglock_blockedpglock AS
+SELECT
+    concat(l.id, ':', blocker.pid) AS id,
+    l.type, l.activity_id, l.mode, l.granted, l.wait_start, l.wait_duration, l.rel_kind, l.rel_name, l.relation,
+    l.name, l.task_name, l.task_id, l.worker, l.classid, l.objid, l.objsubid,
+    nullif(blocker.pid, 0) AS blocking_activity_id
+FROM celery_pglock_pglock AS l
+CROSS JOIN LATERAL (SELECT DISTINCT unnest(pg_blocking_pids(l.activity_id)) AS pid) AS blocker
+WHERE NOT l.granted
+"""
+
+VIEWS = {
+    "celery_pglock_pgactivity": ACTIVITY,
+    "celery_pglock_pglock": LOCKS,
+    "celery_pglock_blockedpglock": BLOCKED,
+}
+
+
+def create_views(apps: Any, schema_editor: Any) -> None:
+    if schema_editor.connection.vendor == "postgresql":
+        for sql in VIEWS.values():
+            # Without parameters, or a % would ask for one.
+            schema_editor.execute(sql, params=None)
+
+
+def drop_views(apps: Any, schema_editor: Any) -> None:
+    if schema_editor.connection.vendor == "postgresql":
+        for name in reversed(VIEWS):
+            schema_editor.execute(f"DROP VIEW {name}")
+
+
+def lock_fields() -> list[tuple[str, Any]]:
+    return [
+        ("id", models.TextField(primary_key=True, serialize=False)),
+        ("type", models.CharField(max_length=64)),
+        ("mode", models.CharField(max_length=64)),
+        ("granted", models.BooleanField()),
+        ("wait_start", models.DateTimeField(null=True)),
+        ("wait_duration", celery_pglock.fields.Interval(null=True)),
+        ("rel_kind", models.CharField(max_length=32, null=True)),
+        ("rel_name", models.CharField(max_length=63, null=True)),
+        ("relation", models.BigIntegerField(null=True)),
+        ("name", celery_pglock.fields.LabelText()),
+        ("task_name", celery_pglock.fields.LabelText()),
+        ("task_id", celery_pglock.fields.LabelText()),
+        ("worker", celery_pglock.fields.LabelText()),
+        ("classid", models.BigIntegerField(null=True)),
+        ("objid", models.BigIntegerField(null=True)),
+        ("objsubid", models.SmallIntegerField(null=True)),
+        ("activity", activity_key()),
+    ]
+
+
+def activity_key() -> Any:
+    return models.ForeignKey(
+        db_constraint=False,
+        null=True,
+        on_delete=django.db.models.deletion.DO_NOTHING,
+        related_name="+",
+        to="celery_pglock.pgactivity",
+    )
+
+
+class Migration(migrations.Migration):
+    dependencies = [("celery_pglock", "0002_strict_locks")]
+
+    operations = [
+        migrations.CreateModel(
+            name="PGActivity",
+            fields=[
+                ("id", models.IntegerField(primary_key=True, serialize=False)),
+                ("start", models.DateTimeField(null=True)),
+                ("duration", celery_pglock.fields.Interval(null=True)),
+                ("query", models.TextField()),
+                ("context", celery_pglock.fields.Context(null=True)),
+                ("state", models.CharField(max_length=64, null=True)),
+                ("xact_start", models.DateTimeField(null=True)),
+                ("backend_start", models.DateTimeField(null=True)),
+                ("state_change", models.DateTimeField(null=True)),
+                ("wait_event_type", models.CharField(max_length=64, null=True)),
+                ("wait_event", models.CharField(max_length=64, null=True)),
+                ("backend_xid", models.CharField(max_length=64, null=True)),
+                ("backend_xmin", models.CharField(max_length=64, null=True)),
+                ("backend_type", models.CharField(max_length=64, null=True)),
+                ("application_name", models.CharField(max_length=63, null=True)),
+                ("client_addr", models.CharField(max_length=64, null=True)),
+                ("client_hostname", models.CharField(max_length=256, null=True)),
+                ("client_port", models.IntegerField(null=True)),
+            ],
+            options={"managed": False, "default_manager_name": "no_objects"},
+        ),
+        migrations.CreateModel(
+            name="PGLock",
+            fields=lock_fields(),
+            options={"managed": False, "default_manager_name": "no_objects"},
+        ),
+        migrations.CreateModel(
+            name="BlockedPGLock",
+            fields=[*lock_fields(), ("blocking_activity", activity_key())],
+            options={"managed": False, "default_manager_name": "no_objects"},
+        ),
+        migrations.RunPython(create_views, drop_views),
+    ]
