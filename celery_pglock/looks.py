@@ -42,8 +42,13 @@ def looking(alias: str) -> Iterator[None]:
                 cursor.execute(RESTORE, before)
     except ProgrammingError as error:
         if isinstance(error.__cause__, UndefinedTable):
-            raise LockMisuse(
-                f"The database of alias {alias!r} has no views of its locks yet: with 'celery_pglock' in "
-                f"INSTALLED_APPS run manage.py migrate celery_pglock --database={alias}."
-            ) from error
+            raise no_views(alias) from error
         raise
+
+
+def no_views(alias: str) -> LockMisuse:
+    """The error that tells how to get the views."""
+    return LockMisuse(
+        f"The database of alias {alias!r} has no views of its locks yet: with 'celery_pglock' in "
+        f"INSTALLED_APPS run manage.py migrate celery_pglock --database={alias}."
+    )

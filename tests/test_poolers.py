@@ -15,7 +15,7 @@ from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.db import OperationalError, connection, connections
 
-from celery_pglock import LockLost, LockMisuse, LockNotAcquired, Raise, advisory
+from celery_pglock import LockLost, LockMisuse, LockNotAcquired, Raise, advisory, prioritize
 from tests.conftest import running_worker, wait_until
 from tests.models import Entry, most_at_once
 from tests.pooled_tasks import only_in_transaction
@@ -396,3 +396,19 @@ def test_threads_exclude_each_other_with_djangos_native_pool(rival, alias, xact)
         assert rival.could_take("k")
     finally:
         connections[using].close_pool()
+
+
+def test_whose_way_to_clear_cannot_be_told_through_a_pooler(through):
+    with pytest.raises(LockMisuse, match="session mode"), prioritize(using=through("transaction")):
+        raise AssertionError("the code ran")
+
+
+def test_the_way_is_cleared_through_a_pooler_in_session_mode(through, rival, pglock_settings):
+    pglock_settings(POOLER="session")
+    alias = through("session")
+    rival.connection.execute("BEGIN")
+    rival.connection.execute("LOCK TABLE tests_entry IN ACCESS EXCLUSIVE MODE")
+    with prioritize(interval=0.1, using=alias):
+        assert Entry.objects.using(alias).count() == 0
+    with pytest.raises(psycopg.OperationalError):
+        rival.ask("SELECT true")
