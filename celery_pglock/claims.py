@@ -14,7 +14,7 @@ from django.db import DatabaseError, Error, OperationalError, connections, trans
 from django.utils.asyncio import async_unsafe
 from psycopg.errors import QueryCanceled
 
-from celery_pglock import labels, statements
+from celery_pglock import labels, statements, timeouts
 from celery_pglock.clocks import now
 from celery_pglock.config import current
 from celery_pglock.durations import UNSET, MaybeSeconds
@@ -168,8 +168,12 @@ class Claim:
     def take(self, *, open_transaction: bool = True) -> Hold | Refusal:
         """Take all the keys for nobody in particular; with the transaction that keeps them, if wanted."""
         hold = self.hold()
+        timeout = self.timeout
+        if timeout is UNSET and not self.xact:
+            # It waits on another session than the one that timeout() has set.
+            timeout = timeouts.in_force(self.using)
         try:
-            refusal = self.fill(hold, NOBODY, self.timeout, open_transaction=open_transaction)
+            refusal = self.fill(hold, NOBODY, timeout, open_transaction=open_transaction)
         except BaseException as error:
             hold.give_back(error)
             raise

@@ -70,7 +70,8 @@ def milliseconds(duration: float) -> int:
     """Seconds as PostgreSQL's settings want them; at least 1, because 0 would mean for ever."""
     if duration * 1000 >= LONGEST_MILLISECONDS:
         return LONGEST_MILLISECONDS
-    return max(1, math.ceil(duration * 1000))
+    # A float's own error is no millisecond: 0.035 * 1000 is more than 35.
+    return max(1, math.ceil(round(duration * 1000, 6)))
 
 
 def interval(given: Any, name: str) -> timedelta:

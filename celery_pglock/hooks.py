@@ -8,9 +8,8 @@ from typing import Any
 from celery import signals, states
 from django.db import DatabaseError
 
-from celery_pglock import config, interruptions, work_connections
+from celery_pglock import config, interruptions, lock_sequences, locks, work_connections
 from celery_pglock.errors import LockMisuse
-from celery_pglock.locks import forget_what_was_left
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.raw_connections import OnStandby
 from celery_pglock.sessions import check_alias
@@ -67,7 +66,8 @@ def _leave_nothing_behind(task_id: str = "", task: Any = None, state: str = "", 
     name = f"Task {task.name}[{task_id}]"
     interruptions.forget_what_was_left()
     if close_leftovers(name, but=vars(task.request).get("pglock_held_before", ())):
-        forget_what_was_left()
+        locks.forget_what_was_left()
+        lock_sequences.forget_what_was_left()
     if getattr(task, "lock_xact", False) is True:
         work_connections.roll_back_what_was_left(name)
     ran = state in (states.SUCCESS, states.FAILURE)

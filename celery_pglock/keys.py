@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeGuard
 
@@ -18,6 +18,8 @@ INT4_PAIR = 2
 
 ENDLESS_IDENTIFIER = 2**63
 ENDLESS_HALF = 2**31
+
+MOST_KEYS = 256
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -76,7 +78,18 @@ def key(identifier: Identifier) -> Key:
 
 def canonical(identifiers: Iterable[Identifier]) -> tuple[Key, ...]:
     """The keys of several identifiers, each once, in the one order in which everybody takes them."""
-    return tuple(sorted({key(identifier) for identifier in identifiers}))
+    return tuple(sorted(in_order(identifiers)))
+
+
+def in_order(identifiers: Iterable[Identifier]) -> tuple[Key, ...]:
+    """The keys of several identifiers, each once, in the order given."""
+    return tuple(dict.fromkeys(map(key, identifiers)))
+
+
+def refuse_too_many(keys: Sequence[Key]) -> None:
+    """Refuse more keys than one statement should take."""
+    if len(keys) > MOST_KEYS:
+        raise LockMisuse(f"{len(keys)} lock ids at once are too many: at most {MOST_KEYS} can be taken.")
 
 
 def advisory_id(identifier: Identifier) -> tuple[int, int]:

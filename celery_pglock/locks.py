@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from types import TracebackType
@@ -14,14 +13,13 @@ from typing import Any, ParamSpec, TypeVar
 from django.db import connections
 
 from celery_pglock import holders
+from celery_pglock.blocks import refuse_what_runs_later
 from celery_pglock.claims import Claim, Hold, Refusal
 from celery_pglock.durations import UNSET, MaybeDuration, seconds
 from celery_pglock.errors import LockMisuse, LockNotHeld
 from celery_pglock.holders import Explanation, Holder
-from celery_pglock.keys import Identifier, canonical
+from celery_pglock.keys import Identifier, canonical, refuse_too_many
 from celery_pglock.side_effects import Conflict, Raise, Retry, Return, SideEffect, Skip, side_effect
-
-MOST_KEYS = 256
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,7 +66,8 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
         Alias in ``DATABASES``.
     timeout:
         Seconds (a number or a timedelta) to wait, over all ids together; ``0`` does not wait, ``None``
-        waits for ever, unset keeps the ``lock_timeout`` in force. With a limit, waiting polls, without order.
+        waits for ever, unset keeps the ``lock_timeout`` in force, also that of ``timeout()``. With a limit,
+        waiting polls, without order.
     side_effect:
         ``Return`` is the default of the context manager and of ``acquire()``, ``Raise`` of the decorator;
         ``Skip`` is for the decorator.
@@ -90,14 +89,12 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
         side_effect: SideEffect | type[SideEffect] | None = None,
     ) -> None:
         check_limit(limit, "limit")
-        if len(set(ids)) > MOST_KEYS:
-            raise LockMisuse(
-                f"{len(set(ids))} lock ids at once are too many: at most {MOST_KEYS} can be taken."
-            )
+        keys = canonical(ids)
+        refuse_too_many(keys)
         if shared and limit > 1:
             raise LockMisuse("Shared holders are not counted: use shared=True or limit=N, not both.")
         fields = {
-            "keys": canonical(ids),
+            "keys": keys,
             "shared": shared,
             "xact": xact,
             "limit": limit,
@@ -146,7 +143,7 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
             hold.leave(None)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        _refuse_what_runs_later(function)
+        refuse_what_runs_later(function, "advisory(...)")
         if isinstance(self.side_effect, Return):
             raise LockMisuse("Return is for `with advisory(...)`: a decorated function would run unlocked.")
         effect = self.side_effect or Raise()
@@ -213,20 +210,3 @@ def _allowed(given: SideEffect | type[SideEffect]) -> SideEffect:
     if isinstance(effect, Retry):
         raise LockMisuse("Retry is for tasks: advisory(side_effect=...) takes Return, Raise or Skip.")
     return effect
-
-
-def _refuse_what_runs_later(function: Callable[..., Any]) -> None:
-    inner = inspect.unwrap(function)
-    kinds: Sequence[tuple[Callable[[Any], bool], str]] = (
-        (inspect.iscoroutinefunction, "a coroutine function"),
-        (inspect.isasyncgenfunction, "an asynchronous generator"),
-        (inspect.isgeneratorfunction, "a generator"),
-    )
-    for is_kind, kind in kinds:
-        if is_kind(inner):
-            raise LockMisuse(
-                f"{function.__qualname__} is {kind}: calling it only creates it, so the lock would be "
-                f"given back before its body runs. Decorate the function that does the work."
-            )
-    if inspect.isclass(function) or not callable(function):
-        raise LockMisuse(f"advisory(...) decorates functions, not {function!r}.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from django.db import connections
 from django.db.models import BigIntegerField, Func, Model, Q, QuerySet, TextField, Value
 from django.db.models.functions import Cast
 
@@ -14,8 +13,7 @@ from celery_pglock.backends import Stop, Victim
 from celery_pglock.errors import LockMisuse
 from celery_pglock.filters import filtered
 from celery_pglock.looks import looking
-from celery_pglock.tables import Model as AnyModel
-from celery_pglock.tables import tables_of
+from celery_pglock.tables import AnyModel, quoted, tables_of
 
 # PostgreSQL's pids are int4.
 ENDLESS_PID = 2**31
@@ -105,8 +103,7 @@ class PGLockQuerySet(ViewQuerySet[M]):
         return self._on(models)
 
     def _on(self: Self, models: Iterable[AnyModel]) -> Self:
-        quote = connections[self.db].ops.quote_name
-        names = {quote(table) for model in models for table in tables_of(model)}
+        names = {quoted(table, self.db) for model in models for table in tables_of(model)}
         on_any = Q()
         for name in sorted(names):
             on_any |= Q(relation=RelationOf(Cast(Value(name), TextField())))

@@ -173,6 +173,14 @@ class LockSession:
         held = {key for key, _ in self._counts}
         return bool(held) and not held.issuperset(keys)
 
+    def is_still_there(self) -> bool:
+        """Whether it is believed, and ours; knows of its end from what came unasked, without asking."""
+        if not self.is_ours:
+            return False
+        with self._line.speaking:
+            self._line.read_what_came_unasked()
+        return self.is_believed
+
     def check(self) -> None:
         """Raise ``LockLost`` if it holds something that is gone."""
         if not self._counts:

@@ -2,45 +2,63 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeAlias
 
 from django.apps import apps
-from django.db import models
+from django.db import connections
+from django.db.models import Model
 
 from celery_pglock.errors import LockMisuse, did_you_mean
 
-Model: TypeAlias = models.Model | type[models.Model] | str
-"""A model's class, an instance, or a label such as ``"auth.User"``."""
+AnyModel: TypeAlias = str | type[Model] | Model
+"""A model, an instance of one, or its label."""
+
+# Django's quote_name does not look inside of a name, and passes on what is in quotes already: names that
+# come out as one identifier or several, as with a schema, are what Django's own queries work with.
+IDENTIFIERS = re.compile(r'"(?:[^"]|"")+"(?:\."(?:[^"]|"")+")*')
 
 
-def tables_of(given: Model) -> tuple[str, ...]:
-    """The ``db_table`` of every table that keeps a part of the model's objects: its own, and its parents'.
+def tables_of(given: AnyModel) -> frozenset[str]:
+    """The names of all tables that keep a part of the model's objects: its own, and its parents'.
 
     Raises ``LockMisuse`` for what has none.
     """
-    options: Any = _model(given)._meta
+    found = _model(given)
+    options: Any = found._meta
     if options.abstract:
-        raise LockMisuse(
-            f"{options.label} is abstract and has no table: name the models that inherit from it."
-        )
+        raise LockMisuse(f"{options.label} is abstract, so it has no table: name the models derived from it.")
     if options.swapped:
-        raise LockMisuse(f"{options.label} is swapped for {options.swapped} and has no table: name that.")
-    concrete: Any = options.concrete_model
-    parents = concrete._meta.get_parent_list()
-    return tuple(model._meta.db_table for model in (concrete, *parents) if not model._meta.proxy)
+        raise LockMisuse(
+            f"{options.label} is swapped for {options.swapped}, so it has no table: name that one."
+        )
+    everything: Any = (found, *options.get_parent_list())
+    return frozenset(one._meta.concrete_model._meta.db_table for one in everything)
 
 
-def _model(given: Model) -> type[models.Model]:
+def quoted(table: str, using: str) -> str:
+    """The table's name as SQL quotes it."""
+    name: str = connections[using].ops.quote_name(table)
+    if not IDENTIFIERS.fullmatch(name):
+        raise LockMisuse(
+            f"The table name {table!r} is none that Django can quote: double the quotes inside of it, and put "
+            f"quotes around each of its parts."
+        )
+    return name
+
+
+def _model(given: Any) -> type[Model]:
     if isinstance(given, str):
-        try:
-            return apps.get_model(given)
-        except (LookupError, ValueError) as error:
-            known = [model._meta.label for model in apps.get_models()]
-            raise LockMisuse(
-                f"There is no model {given!r}; a label is 'app_label.Model'.{did_you_mean(given, known)}"
-            ) from error
-    if isinstance(given, models.Model):
-        return type(given)
-    if isinstance(given, type) and issubclass(given, models.Model):
-        return given
-    raise LockMisuse(f"{given!r} is not a model: give its class, or its label such as 'auth.User'.")
+        return _named(given)
+    found = type(given) if isinstance(given, Model) else given
+    if not (isinstance(found, type) and issubclass(found, Model) and hasattr(found, "_meta")):
+        raise LockMisuse(f'{given!r} is no model: use a model, an instance of one, or a label "app.Model".')
+    return found
+
+
+def _named(label: str) -> type[Model]:
+    try:
+        return apps.get_model(label)
+    except (LookupError, ValueError):
+        known = [one._meta.label for one in apps.get_models(include_auto_created=True, include_swapped=True)]
+        raise LockMisuse(f"There is no model {label!r}.{did_you_mean(label, known)}") from None
