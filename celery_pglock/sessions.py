@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,6 +16,7 @@ from celery_pglock.config import current
 from celery_pglock.durations import MaybeSeconds
 from celery_pglock.errors import LockLost, LockMisuse
 from celery_pglock.fences import Handover, Token
+from celery_pglock.inventories import Inventory, names
 from celery_pglock.keys import Key
 from celery_pglock.labels import Holding, Owner
 from celery_pglock.lifelines import BEAT, Lifeline
@@ -100,9 +100,7 @@ class LockSession:
         self.process = os.getpid()
         # Who must know that the session is lost; called by the watcher, time and again, with the reason.
         self.to_be_told: list[Callable[[str], None]] = []
-        self._counts: dict[tuple[Key, bool], int] = {}
-        self._since: dict[Key, float] = {}
-        self._tokens: dict[Key, Token] = {}
+        self._held = Inventory()
         self._idle_since: float | None = None
         self._is_loss_logged = False
         settings = current()
@@ -162,16 +160,15 @@ class LockSession:
 
     @property
     def holds_nothing(self) -> bool:
-        return not self._counts
+        return not self._held
 
     def held_among(self, keys: Iterable[Key], *, shared: bool) -> Key | None:
         """The first of these keys that this session holds in this mode."""
-        return next((key for key in keys if (key, shared) in self._counts), None)
+        return next((key for key in keys if self._held.has(key, shared=shared)), None)
 
     def holds_others_than(self, keys: Iterable[Key]) -> bool:
         """Whether it holds something, but not all of these keys already."""
-        held = {key for key, _ in self._counts}
-        return bool(held) and not held.issuperset(keys)
+        return bool(self._held) and not self._held.has_all(keys)
 
     def is_still_there(self) -> bool:
         """Whether it is believed, and ours; knows of its end from what came unasked, without asking."""
@@ -183,12 +180,12 @@ class LockSession:
 
     def check(self) -> None:
         """Raise ``LockLost`` if it holds something that is gone."""
-        if not self._counts:
+        if not self._held:
             return
         with self._line.speaking:
             self._line.read_what_came_unasked()
         if not self.is_believed:
-            lost = ", ".join(sorted(key.name for key, _ in self._counts))
+            lost = ", ".join(holding.key.name for holding in self._held.holdings())
             self._line.lose(SILENT)
             self.close()
             raise LockLost(lost, self.loss)
@@ -202,8 +199,8 @@ class LockSession:
         """
         with self._line.speaking:
             self.check()
-            fresh = [key for key in keys if (key, shared) not in self._counts]
-            without_token = [key for key in keys if strict and key not in self._tokens]
+            fresh = [key for key in keys if not self._held.has(key, shared=shared)]
+            without_token = [key for key in keys if strict and key not in self._held.tokens]
             found: Handover | None = None
             try:
                 if fresh or without_token:
@@ -211,14 +208,14 @@ class LockSession:
                     if row is None:
                         return None
                     found = self._note_tokens(without_token, row[1:])
-                self._count(keys, shared=shared)
+                self._held.put_in(keys, shared=shared)
             except Refused:
                 self._give_back_gains(fresh, shared=shared, strict=strict)
                 raise
             except BaseException:
                 self.abandon()
                 raise
-            return Gain(tuple(keys), {key: self._tokens[key] for key in keys if strict}, found)
+            return Gain(tuple(keys), {key: self._held.tokens[key] for key in keys if strict}, found)
 
     def take_slots(self, slots_by_key: Sequence[Sequence[Key]]) -> Gain | None:
         """Take one free slot of every key, or none; the gain's keys are the slots taken.
@@ -233,12 +230,12 @@ class LockSession:
             try:
                 if fresh:
                     statement = self._protected(statements.take_slots(fresh, xact=False))
-                    numbers = self._answer(statement, self._holdings([slots[0] for slots in fresh]))[-1]
+                    numbers = self._answer(statement, self._held.holdings([slots[0] for slots in fresh]))[-1]
                 if numbers is None:
                     return None
                 gained = [slots[number] for slots, number in zip(fresh, numbers, strict=True)]
                 taken = tuple(mine or gained.pop(0) for mine in held)
-                self._count(taken, shared=False)
+                self._held.put_in(taken, shared=False)
             except BaseException:
                 self.abandon()
                 raise
@@ -258,10 +255,10 @@ class LockSession:
             try:
                 kept = self._give_back(keys, shared=shared, in_order=in_order)
                 if not kept:
-                    logger.warning("PostgreSQL says that this session did not hold %s", _names(keys))
+                    logger.warning("PostgreSQL says that this session did not hold %s", names(keys))
                     self.abandon()
             except (DatabaseError, LockMisuse) as error:
-                logger.warning("Releasing %s failed: %s", _names(keys), error)
+                logger.warning("Releasing %s failed: %s", names(keys), error)
                 self.abandon()
                 return False
             except BaseException:
@@ -273,7 +270,7 @@ class LockSession:
         """The rows of a statement that takes nothing and gives nothing back."""
         with self._line.speaking:
             try:
-                return self._line.ask(self._label(self._holdings()) + sql, parameters)
+                return self._line.ask(self._label(self._held.holdings()) + sql, parameters)
             except BaseException:
                 # An error that the server told changes nothing of what the session holds.
                 if not self._line.is_idle:
@@ -300,11 +297,11 @@ class LockSession:
     def tend(self) -> float:
         """What a watcher does for it, without ever waiting; answers after how many seconds to do so again."""
         if not (self.loss or self.is_closed):
-            self._line.listen(self._beat if self._counts else None)
+            self._line.listen(self._beat if self._held else None)
         if self._idle_since is not None:
             return self._close_if_overdue()
         if not self.loss:
-            return min(self._line.patience if self._counts else BEAT * self.lease, BEAT * self.lease / 2)
+            return min(self._line.patience if self._held else BEAT * self.lease, BEAT * self.lease / 2)
         self._log_the_loss()
         for tell in tuple(self.to_be_told):
             tell(self.loss)
@@ -316,10 +313,10 @@ class LockSession:
 
     def close(self) -> None:
         """End the session; what it still held is lost to those who believe that they hold it."""
-        if self._counts:
+        if self._held:
             self._line.lose("it was closed")
             self._log_the_loss()
-        self._counts.clear()
+        self._held.clear()
         if self.is_ours:
             self._line.close()
 
@@ -351,7 +348,7 @@ class LockSession:
         if without_token:
             statement = fences.take(statement, without_token, self.owner.task_id, self.lease)
             wait = None if wait is None else wait + fences.row_timeout(self.lease)
-        row = self._answer(statement, self._holdings(fresh), wait=wait)
+        row = self._answer(statement, self._held.holdings(fresh), wait=wait)
         if not row[-1]:
             return None
         if waits:
@@ -364,23 +361,20 @@ class LockSession:
         if not keys:
             return None
         found = fences.handover(row)
-        self._tokens |= dict.fromkeys(keys, found.token)
+        self._held.tokens |= dict.fromkeys(keys, found.token)
         return found
 
     def _give_back(self, keys: Sequence[Key], *, shared: bool, in_order: bool) -> bool:
-        last = [key for key in keys if self._counts[key, shared] == 1]
+        last = self._held.last_of(keys, shared=shared)
         kept: bool | None = True
         if last:
-            remaining = [holding for holding in self._holdings() if holding.key not in last]
+            remaining = self._held.holdings(but=last)
             statement = self._protected(statements.give_back(last, shared=shared))
-            tokens = {key: self._tokens.pop(key) for key in last if key in self._tokens}
+            tokens = {key: self._held.tokens.pop(key) for key in last if key in self._held.tokens}
             kept = self._leave_in_order(statement, tokens, remaining) if tokens and in_order else None
             if kept is None:
                 kept = self._answer(statement, remaining)[-1]
-        for key in keys:
-            self._counts[key, shared] -= 1
-            if not self._counts[key, shared]:
-                del self._counts[key, shared]
+        self._held.take_out(keys, shared=shared)
         return bool(kept)
 
     def _protected(self, statement: Statement) -> Statement:
@@ -407,7 +401,7 @@ class LockSession:
                 raise
             logger.warning(
                 "The next strict holder of %s will wait, as this one could not tell that it left: %s",
-                _names(tokens),
+                names(tokens),
                 str(error).strip(),
             )
             return None
@@ -433,7 +427,7 @@ class LockSession:
             raise
 
     def _beat(self) -> str:
-        return f"{self._label(self._holdings())}SELECT pg_backend_pid()".replace("%%", "%")
+        return f"{self._label(self._held.holdings())}SELECT pg_backend_pid()".replace("%%", "%")
 
     def _label(self, holdings: Sequence[Holding]) -> str:
         owner = self.owner if holdings else Owner()
@@ -452,13 +446,9 @@ class LockSession:
         return max(left, 0.05)
 
     def _log_the_loss(self) -> None:
-        if self._counts and not self._is_loss_logged:
+        if self._held and not self._is_loss_logged:
             self._is_loss_logged = True
-            logger.error(
-                "The session that keeps %s is lost: %s",
-                _names(key for key, _ in tuple(self._counts)),
-                self.loss,
-            )
+            logger.error("The session that keeps %s is lost: %s", self._held, self.loss)
 
     def _give_back_gains(self, fresh: Sequence[Key], *, shared: bool, strict: bool) -> None:
         # A session-level lock survives the error of the statement that took it. Which ones were taken
@@ -468,20 +458,8 @@ class LockSession:
         rows = set(self.rows(OWN_LOCKS, [mode(shared=shared)]))
         gains = [key for key in fresh if (key.objsubid, key.classid, key.objid) in rows]
         if gains:
-            self._count(gains, shared=shared)
+            self._held.put_in(gains, shared=shared)
             self.give_back(gains, shared=shared)
-
-    def _count(self, keys: Sequence[Key], *, shared: bool) -> None:
-        now = time.time()
-        for key in keys:
-            self._counts[key, shared] = self._counts.get((key, shared), 0) + 1
-            self._since.setdefault(key, now)
-
-    def _holdings(self, fresh: Iterable[Key] = ()) -> list[Holding]:
-        held = {key for key, _ in self._counts}
-        self._since = {key: since for key, since in self._since.items() if key in held}
-        now = time.time()
-        return [Holding(key, self._since.get(key, now)) for key in sorted(held | set(fresh))]
 
 
 def _no_table(alias: str) -> LockMisuse:
@@ -493,7 +471,3 @@ def _no_table(alias: str) -> LockMisuse:
 
 def _application_name(owner: Owner) -> str:
     return labels.application_name(labels.LOCK_SESSION, owner.task_id)
-
-
-def _names(keys: Iterable[Key]) -> str:
-    return ", ".join(repr(key.name) for key in keys)

@@ -1,0 +1,68 @@
+"""What a lock session holds, counted as its owner has taken it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+from celery_pglock.fences import Token
+from celery_pglock.keys import Key
+from celery_pglock.labels import Holding
+
+
+class Inventory:
+    """The keys that a session holds, in which mode, how often, and since when by our own clock.
+
+    ``tokens`` are those of keys that were taken strictly.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: dict[Key, Token] = {}
+        self._counts: dict[tuple[Key, bool], int] = {}
+        self._since: dict[Key, float] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def __str__(self) -> str:
+        # A copy, as the watcher asks while its owner may count.
+        return names(key for key, _ in tuple(self._counts))
+
+    def has(self, key: Key, *, shared: bool) -> bool:
+        return (key, shared) in self._counts
+
+    def has_all(self, keys: Iterable[Key]) -> bool:
+        """Whether it has all of them, in whatever mode."""
+        return {key for key, _ in self._counts}.issuperset(keys)
+
+    def last_of(self, keys: Iterable[Key], *, shared: bool) -> list[Key]:
+        """Those of the keys that are gone once one acquisition of them is taken out."""
+        return [key for key in keys if self._counts[key, shared] == 1]
+
+    def put_in(self, keys: Iterable[Key], *, shared: bool) -> None:
+        now = time.time()
+        for key in keys:
+            self._counts[key, shared] = self._counts.get((key, shared), 0) + 1
+            self._since.setdefault(key, now)
+
+    def take_out(self, keys: Iterable[Key], *, shared: bool) -> None:
+        for key in keys:
+            self._counts[key, shared] -= 1
+            if not self._counts[key, shared]:
+                del self._counts[key, shared]
+
+    def clear(self) -> None:
+        self._counts.clear()
+
+    def holdings(self, fresh: Iterable[Key] = (), but: Sequence[Key] = ()) -> list[Holding]:
+        """What a label tells: all that it has and ``fresh`` ones, ``but`` some."""
+        held = {key for key, _ in self._counts}
+        self._since = {key: since for key, since in self._since.items() if key in held}
+        now = time.time()
+        told = sorted((held | set(fresh)).difference(but))
+        return [Holding(key, self._since.get(key, now)) for key in told]
+
+
+def names(keys: Iterable[Key]) -> str:
+    """The names of keys, for a log."""
+    return ", ".join(repr(key.name) for key in keys)
