@@ -124,8 +124,7 @@ def _tables(locked: type[Model], using: str) -> Iterator[_Table]:
             f"{options.label} is swapped for {options.swapped}, so it has no table to lock: name that one."
         )
     for one in (locked, *options.get_parent_list()):
-        assert one._meta.concrete_model is not None
-        name = one._meta.concrete_model._meta.db_table
+        name = one._meta.db_table
         quoted = connections[using].ops.quote_name(name)
         if not IDENTIFIERS.fullmatch(quoted):
             raise LockMisuse(
