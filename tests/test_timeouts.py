@@ -10,7 +10,7 @@ import pytest
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import OperationalError, connection, connections, transaction
 
-from celery_pglock import ExclusiveLock, LockMisuse, LockNotAcquired, advisory, timeout
+from celery_pglock import ExclusiveLock, LockMisuse, LockNotAcquired, advisory, timeout, timeouts
 from celery_pglock.timeouts import in_force
 from tests.conftest import wait_until
 
@@ -286,6 +286,7 @@ class TestConnectionsThatGo:
 
         with pytest.raises(OperationalError, match="another command"), timeout(1):
             busy()
+        assert not caplog.records
         connection.close()
         with pytest.raises(ValueError, match="body"), timeout(1):
             busy()
@@ -309,6 +310,48 @@ def test_an_interruption_while_entering_leaves_nothing_set(monkeypatch):
     with pytest.raises(Interrupted), timeout(1):
         pytest.fail("it must not run")
     assert raw.closed
+    assert shown() == "0"
+    assert repr(in_force("default")) == "<unset>"
+
+
+@pytest.mark.parametrize("asking", [True, False])
+def test_an_interruption_while_leaving_leaves_nothing_set(monkeypatch, asking):
+    class Interrupted(Exception):
+        pass
+
+    def interrupted(*_):
+        monkeypatch.undo()
+        raise Interrupted
+
+    ask("SET lock_timeout = '6s'")
+    with pytest.raises(Interrupted), timeout(1):
+        if asking:
+            monkeypatch.setattr(connection.connection, "execute", interrupted)
+        else:
+            monkeypatch.setattr(timeouts, "_closed_if_in_doubt", interrupted)
+    assert shown() == ("0" if asking else "6s")
+
+
+def test_an_interruption_in_the_last_moment_of_entering_leaves_nothing_set():
+    class Interrupted(Exception):
+        pass
+
+    class Interrupting(timeout):
+        def fresh(self):
+            entered = super().fresh()
+            enter = entered.__enter__
+
+            class Entering:
+                def __enter__(self):
+                    enter()
+                    raise Interrupted
+
+                __exit__ = staticmethod(entered.__exit__)
+
+            return Entering()
+
+    with pytest.raises(Interrupted), Interrupting(1):
+        pytest.fail("it must not run")
     assert shown() == "0"
     assert repr(in_force("default")) == "<unset>"
 
