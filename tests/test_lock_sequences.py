@@ -21,7 +21,7 @@ from celery_pglock import (
 from celery_pglock.hooks import _leave_nothing_behind
 from celery_pglock.keys import key
 from celery_pglock.pool import pool
-from tests.conftest import wait_until
+from tests.conftest import Rival, wait_until
 from tests.worker_tasks import app
 
 BOTH = pytest.mark.parametrize("lock_class", [ExclusiveLock, ShareLock])
@@ -214,20 +214,18 @@ def test_the_victim_of_a_deadlock_is_told_and_keeps_nothing_of_it(rival):
     rival.take("b")
     lock = ExclusiveLock("a", "b")
 
+    other = Rival()
+
     def cross():
-        wait_until(lambda: other_sees_waiting())
+        wait_until(lambda: other.sees_held("b", granted=False))
         rival.ask("SELECT pg_advisory_lock(%s)::text", *key("a").arguments)
 
-    def other_sees_waiting():
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
-            return cursor.fetchone()[0]
-
-    crossing = threading.Thread(target=lambda: (cross(), connection.close()))
+    crossing = threading.Thread(target=cross)
     crossing.start()
     with pytest.raises(LockNotAcquired, match="deadlock"):
         lock.acquire()
     crossing.join()
+    other.connection.close()
     assert not lock.locked()
 
 
