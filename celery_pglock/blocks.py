@@ -63,7 +63,7 @@ class Block(ABC, Generic[T_co]):
 
         @wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self.fresh():
+            with self:
                 return function(*args, **kwargs)
 
         return wrapped

@@ -70,7 +70,7 @@ def milliseconds(duration: float) -> int:
     """Seconds as PostgreSQL's settings want them; at least 1, because 0 would mean for ever."""
     if duration * 1000 >= LONGEST_MILLISECONDS:
         return LONGEST_MILLISECONDS
-    # A float's own error is no millisecond: 0.035 * 1000 is more than 35.
+    # A float's own error is no millisecond: 2.007 * 1000 is more than 2007.
     return max(1, math.ceil(round(duration * 1000, 6)))
 
 

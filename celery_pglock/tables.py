@@ -33,7 +33,7 @@ def tables_of(given: AnyModel) -> frozenset[str]:
             f"{options.label} is swapped for {options.swapped}, so it has no table: name that one."
         )
     everything: Any = (found, *options.get_parent_list())
-    return frozenset(one._meta.concrete_model._meta.db_table for one in everything)
+    return frozenset(one._meta.db_table for one in everything)
 
 
 def quoted(table: str, using: str) -> str:

@@ -83,6 +83,7 @@ class _Setting:
             with _closed_if_in_doubt(self.alias):
                 connection.execute(self._sql, self._parameters)
         except Error:
+            self._connection = None
             if not connection.closed:
                 raise
 
@@ -131,14 +132,14 @@ class timeout(Block[None]):  # noqa: N801 - django-pglock's name, used like a fu
             _here.settings.append(setting)
             setting.make()
             yield
+            setting.undo()
         except BaseException:
+            # Of the body, or of an interruption while it was put back.
             try:
                 setting.undo()
             except Error as error:
                 logger.warning("lock_timeout could not be put back on alias %r: %s", self.using, error)
             raise
-        else:
-            setting.undo()
         finally:
             _here.settings[:] = [one for one in _here.settings if one is not setting]
 

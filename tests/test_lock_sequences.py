@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import threading
 
 import pytest
@@ -20,7 +21,7 @@ from celery_pglock import (
 from celery_pglock.hooks import _leave_nothing_behind
 from celery_pglock.keys import key
 from celery_pglock.pool import pool
-from tests.conftest import wait_until
+from tests.conftest import Rival, wait_until
 from tests.worker_tasks import app
 
 BOTH = pytest.mark.parametrize("lock_class", [ExclusiveLock, ShareLock])
@@ -92,14 +93,14 @@ def test_they_are_taken_in_the_order_given(rival, order):
     waiting.join()
 
 
-def test_one_that_is_named_twice_is_taken_once(rival):
+def test_one_that_is_named_twice_is_taken_once(rival, pooled):
     with ExclusiveLock(1, 2, 1, 1):
         assert rival.sees_advisory_locks() == 2
     assert rival.sees_advisory_locks() == 0
 
 
 @BOTH
-def test_it_is_free_when_it_was_released_as_often_as_acquired(rival, lock_class):
+def test_it_is_free_when_it_was_released_as_often_as_acquired(rival, pooled, lock_class):
     lock = lock_class("counted", 2)
     assert lock.acquire()
     assert lock.acquire(False)
@@ -118,7 +119,7 @@ def test_it_is_free_when_it_was_released_as_often_as_acquired(rival, lock_class)
         lock.release()
 
 
-def test_each_instance_counts_for_itself(rival):
+def test_each_instance_counts_for_itself(rival, pooled):
     first, second = ExclusiveLock("k"), ExclusiveLock("k")
     assert first == second
     with first:
@@ -150,7 +151,7 @@ def test_each_thread_counts_for_itself(rival):
 
 @BOTH
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_without_blocking_it_is_all_or_nothing(rival, lock_class, position):
+def test_without_blocking_it_is_all_or_nothing(rival, pooled, lock_class, position):
     identifiers = [3, (1, 1), "x"]
     rival.take(identifiers[position])
     lock = lock_class(*identifiers)
@@ -213,20 +214,18 @@ def test_the_victim_of_a_deadlock_is_told_and_keeps_nothing_of_it(rival):
     rival.take("b")
     lock = ExclusiveLock("a", "b")
 
+    other = Rival()
+
     def cross():
-        wait_until(lambda: other_sees_waiting())
+        wait_until(lambda: other.sees_held("b", granted=False))
         rival.ask("SELECT pg_advisory_lock(%s)::text", *key("a").arguments)
 
-    def other_sees_waiting():
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
-            return cursor.fetchone()[0]
-
-    crossing = threading.Thread(target=lambda: (cross(), connection.close()))
+    crossing = threading.Thread(target=cross)
     crossing.start()
     with pytest.raises(LockNotAcquired, match="deadlock"):
         lock.acquire()
     crossing.join()
+    other.connection.close()
     assert not lock.locked()
 
 
@@ -268,7 +267,7 @@ class TestLosing:
 
     @BOTH
     @pytest.mark.parametrize("blocking", [True, False])
-    def test_acquiring_anew_takes_it_really(self, rival, lock_class, blocking):
+    def test_acquiring_anew_takes_it_really(self, rival, pooled, lock_class, blocking):
         lock = lock_class("k")
         lock.acquire()
         lock.acquire()
@@ -318,10 +317,23 @@ class TestLosing:
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_child_does_not_hold_it_and_harms_no_parent(rival):
     lock = ExclusiveLock("k")
+    is_speaking, is_forked = threading.Event(), threading.Event()
+
+    def speak(session):
+        with session._line.speaking:
+            is_speaking.set()
+            is_forked.wait(20)
+
     with lock:
+        # The watcher may be at it, and is not there in the child to end it.
+        watching = threading.Thread(target=speak, args=[pool().leased["default"]])
+        watching.start()
+        is_speaking.wait(20)
         child = os.fork()
+        is_forked.set()
         if not child:
             # What goes wrong here must not become a second run of the tests.
+            signal.alarm(10)
             try:
                 answers = [not lock.locked(), not lock.acquire(blocking=False), not lock.locked()]
                 lock.release()
@@ -333,6 +345,7 @@ def test_a_forked_child_does_not_hold_it_and_harms_no_parent(rival):
             finally:
                 os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        watching.join()
         assert lock.locked()
         assert not rival.could_take("k")
     assert rival.could_take("k")
@@ -413,7 +426,7 @@ def test_misuse_is_refused_with_the_cure(transactional_db, misuse, cure):
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_as_many_as_are_allowed_can_be_taken(rival, blocking):
+def test_as_many_as_are_allowed_can_be_taken(rival, pooled, blocking):
     lock = ExclusiveLock(*range(256))
     assert lock.acquire(blocking=blocking)
     assert rival.sees_advisory_locks() == 256

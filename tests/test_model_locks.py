@@ -1,5 +1,7 @@
 """model(): locks on tables, and what is left after a refusal."""
 
+import os
+import signal
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -299,6 +301,34 @@ class TestRefusals:
             other.connection.close()
             transaction.set_rollback(True)
         waiting.join()
+
+    def test_an_interrupted_wait_leaves_nobody_who_waits(self, rival):
+        class Interrupted(Exception):
+            pass
+
+        def interrupt(*_):
+            raise Interrupted
+
+        waits = f"SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{ENTRY}'::regclass"
+        before = signal.signal(signal.SIGUSR1, interrupt)
+        other = Rival()
+
+        def send():
+            wait_until(lambda: other.ask(waits))
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        sending = threading.Thread(target=send)
+        try:
+            with locked_by(rival, ENTRY):
+                with pytest.raises(Interrupted), transaction.atomic():
+                    sending.start()
+                    model(Entry, timeout=60)
+                sending.join()
+                wait_until(lambda: not other.ask(waits), seconds=5)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+            other.connection.close()
+        assert shown() == "0"
 
     def test_a_statement_that_is_cancelled_is_no_refusal(self, rival):
         with locked_by(rival, ENTRY), transaction.atomic():

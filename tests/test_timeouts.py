@@ -10,7 +10,7 @@ import pytest
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import OperationalError, connection, connections, transaction
 
-from celery_pglock import ExclusiveLock, LockMisuse, LockNotAcquired, advisory, timeout
+from celery_pglock import ExclusiveLock, LockMisuse, LockNotAcquired, advisory, timeout, timeouts
 from celery_pglock.timeouts import in_force
 from tests.conftest import wait_until
 
@@ -54,7 +54,8 @@ def table(rival):
     [
         (lambda: timeout(1), "1s"),
         (lambda: timeout(0.25), "250ms"),
-        (lambda: timeout(0.035), "35ms"),
+        (lambda: timeout(2.007), "2007ms"),
+        (lambda: timeout(milliseconds=9), "9ms"),
         (lambda: timeout(timedelta(minutes=2)), "2min"),
         (lambda: timeout(seconds=1, milliseconds=500), "1500ms"),
         (lambda: timeout(hours=1, using="default"), "1h"),
@@ -193,10 +194,11 @@ class TestInATransaction:
     def test_a_transaction_begun_by_hand_is_one(self):
         ask("SET lock_timeout = '20s'")
         ask("BEGIN")
+        ask("SET LOCAL lock_timeout = '7s'")
         with timeout(1):
             assert shown() == "1s"
-        assert shown() == "20s"
-        ask("ROLLBACK")
+        assert shown() == "7s"
+        ask("COMMIT")
         assert shown() == "20s"
 
     def test_an_error_in_a_savepoint_leaves_the_outer_setting(self, table):
@@ -250,6 +252,24 @@ class TestConnectionsThatGo:
         assert shown() == "8s"
         assert not caplog.records
 
+    def test_one_that_went_back_to_its_pool_is_nobody_elses_business(self, monkeypatch):
+        connection.close()
+        options = {**connection.settings_dict["OPTIONS"], "pool": {"min_size": 1, "max_size": 1}}
+        monkeypatch.setitem(connection.settings_dict, "OPTIONS", options)
+        monkeypatch.setitem(connection.settings_dict, "CONN_MAX_AGE", 0)
+        try:
+            with timeout(1):
+                assert shown() == "1s"
+            assert shown() == "0"
+            with timeout(1):
+                pooled = connection.connection
+                connection.close()
+                monkeypatch.setattr(pooled, "execute", lambda *_: pytest.fail("it may be in use"))
+            assert not pooled.closed
+        finally:
+            connection.close()
+            connection.close_pool()
+
     def test_one_that_the_server_ended_is_left_quietly(self, rival, caplog):
         with timeout(1):
             rival.ask("SELECT pg_terminate_backend(%s, 5000)", ask("SELECT pg_backend_pid()"))
@@ -266,6 +286,7 @@ class TestConnectionsThatGo:
 
         with pytest.raises(OperationalError, match="another command"), timeout(1):
             busy()
+        assert not caplog.records
         connection.close()
         with pytest.raises(ValueError, match="body"), timeout(1):
             busy()
@@ -289,6 +310,48 @@ def test_an_interruption_while_entering_leaves_nothing_set(monkeypatch):
     with pytest.raises(Interrupted), timeout(1):
         pytest.fail("it must not run")
     assert raw.closed
+    assert shown() == "0"
+    assert repr(in_force("default")) == "<unset>"
+
+
+@pytest.mark.parametrize("asking", [True, False])
+def test_an_interruption_while_leaving_leaves_nothing_set(monkeypatch, asking):
+    class Interrupted(Exception):
+        pass
+
+    def interrupted(*_):
+        monkeypatch.undo()
+        raise Interrupted
+
+    ask("SET lock_timeout = '6s'")
+    with pytest.raises(Interrupted), timeout(1):
+        if asking:
+            monkeypatch.setattr(connection.connection, "execute", interrupted)
+        else:
+            monkeypatch.setattr(timeouts, "_closed_if_in_doubt", interrupted)
+    assert shown() == ("0" if asking else "6s")
+
+
+def test_an_interruption_in_the_last_moment_of_entering_leaves_nothing_set():
+    class Interrupted(Exception):
+        pass
+
+    class Interrupting(timeout):
+        def fresh(self):
+            entered = super().fresh()
+            enter = entered.__enter__
+
+            class Entering:
+                def __enter__(self):
+                    enter()
+                    raise Interrupted
+
+                __exit__ = staticmethod(entered.__exit__)
+
+            return Entering()
+
+    with pytest.raises(Interrupted), Interrupting(1):
+        pytest.fail("it must not run")
     assert shown() == "0"
     assert repr(in_force("default")) == "<unset>"
 
@@ -382,7 +445,7 @@ def test_what_runs_after_its_call_is_refused(function):
         (lambda: timeout("1"), "must be a number of seconds"),
         (lambda: timeout(timedelta(seconds=-1)), "0 or more seconds"),
         (lambda: timeout(second=1), "'second'. Did you mean 'seconds'?"),
-        (lambda: timeout(1, usin="default"), "Did you mean 'using'?"),
+        (lambda: timeout(1, usimg="default"), "Did you mean 'using'?"),
         (lambda: timeout(seconds="1"), r"timeout\(seconds=...\) must be a number"),
         (lambda: timeout(seconds=True), r"timeout\(seconds=...\) must be a number"),
         (lambda: timeout(seconds=-1), "0 or more seconds"),
