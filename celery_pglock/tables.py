@@ -41,8 +41,8 @@ def quoted(table: str, using: str) -> str:
     name: str = connections[using].ops.quote_name(table)
     if not IDENTIFIERS.fullmatch(name):
         raise LockMisuse(
-            f"The table name {table!r} is none that Django can quote: double the quotes inside of it, and "
-            f"put quotes around each of its parts."
+            f"The table name {table!r} is no name that Django can quote: double the quotes inside of it, "
+            f"and put quotes around each of its parts."
         )
     return name
 
