@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -151,10 +151,14 @@ def chosen(name: str | None, overrides: Mapping[str, Any]) -> Chosen:
     options: dict[str, Any] = {}
     if name is not None:
         configs = settings.CONFIGS
-        if not isinstance(configs, Mapping) or name not in configs:
+        if not isinstance(configs, Mapping):
+            raise LockMisuse(f"CELERY_PGLOCK['CONFIGS'] must be a dict, not {configs!r}.")
+        if name not in configs:
             raise LockMisuse(
-                f"CELERY_PGLOCK['CONFIGS'] has no configuration {name!r}.{did_you_mean(name, configs)}"
+                f"CELERY_PGLOCK['CONFIGS'] has no configuration {name!r}.{did_you_mean(str(name), configs)}"
             )
+        if not isinstance(configs[name], Mapping):
+            raise LockMisuse(f"The configuration {name!r} must be a dict of options, not {configs[name]!r}.")
         options |= configs[name]
     options |= {option: value for option, value in overrides.items() if value}
     known = [option.name for option in fields(Chosen)]
@@ -164,10 +168,11 @@ def chosen(name: str | None, overrides: Mapping[str, Any]) -> Chosen:
                 f"{option!r} is no option of the configuration {name!r}.{did_you_mean(str(option), known)}"
             )
     for option in ("pids", "filters", "on", "attributes"):
-        if isinstance(options.get(option, ()), str):
-            raise LockMisuse(
-                f"{option!r} of the configuration {name!r} must be a list, not {options[option]!r}."
-            )
+        given = options.get(option, ())
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise LockMisuse(f"{option!r} of the configuration {name!r} must be a list, not {given!r}.")
+    if options.get("database") is not None:
+        check_alias(options["database"], f"'database' of the configuration {name!r}")
     if options.get("cancel") and options.get("terminate"):
         raise LockMisuse("A backend is cancelled or terminated, not both.")
     blocking = options.get("blocking", False)

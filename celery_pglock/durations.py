@@ -85,7 +85,7 @@ def interval(given: Any, name: str) -> timedelta:
     try:
         if isinstance(given, str):
             found = _quantities(given)
-            if found is None:
+            if found is None and given.strip():
                 found = parse_duration(given.strip())
             if found is not None:
                 return found

@@ -7,21 +7,16 @@ from datetime import timedelta
 from typing import Any
 
 from django.db import models
-from django.db.models.lookups import (
-    Contains,
-    EndsWith,
-    IContains,
-    IEndsWith,
-    IExact,
-    IStartsWith,
-    StartsWith,
-)
+from django.db.models.lookups import Regex
 
 from celery_pglock import labels
 from celery_pglock.durations import interval
 from celery_pglock.errors import LockMisuse
 
 CONTEXT_OF_DJANGO_PGACTIVITY = "/*pga_context="
+
+# Whole characters of a percent-encoded text.
+ANYTHING = "(?:[^%]|%..)*"
 
 
 class Interval(models.DurationField):  # type: ignore[type-arg]
@@ -45,20 +40,53 @@ class LabelText(models.TextField):  # type: ignore[type-arg]
 
     def get_prep_value(self, value: Any) -> Any:
         value = super().get_prep_value(value)
-        return labels.encoded(value) if isinstance(value, str) else value
+        return _encoded(value) if isinstance(value, str) else value
 
 
-class Encoded:
-    """A lookup of a part of a text, which Django would compare with the percent-encoded one."""
+class PartOfText(Regex):
+    """A lookup of a part of a text, which begins where a character of the percent-encoded one does.
 
-    rhs: Any
+    LIKE would find the 20 of an encoded blank.
+    """
 
-    def get_prep_lookup(self) -> Any:
-        return labels.encoded(self.rhs) if isinstance(self.rhs, str) else self.rhs
+    lookup_name = "regex"
+    before = ""
+    after = ""
+    ignores_case = False
+
+    def get_prep_lookup(self) -> str:
+        if hasattr(self.rhs, "resolve_expression"):
+            raise LockMisuse(f"{self.lhs.target.name} is compared by its parts with texts only.")
+        cut = labels.decoded(_encoded(str(self.rhs)))
+        return f"^{self.before}{''.join(map(self._character, cut))}{self.after}"
+
+    def _character(self, character: str) -> str:
+        spellings = {character}
+        if self.ignores_case:
+            spellings |= {character.lower(), character.upper()}
+        alternatives = "|".join(sorted(labels.encoded(spelling) for spelling in spellings))
+        return f"(?:{alternatives})".replace(".", r"\.")
 
 
-for lookup in (Contains, IContains, StartsWith, IStartsWith, EndsWith, IEndsWith, IExact):
-    LabelText.register_lookup(type(lookup.__name__, (Encoded, lookup), {}))
+def _encoded(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise LockMisuse(f"{text!r} has a lone surrogate, which no label keeps.") from None
+    return labels.encoded(text)
+
+
+for lookup, before, after, ignores_case in (
+    ("contains", ANYTHING, "", False),
+    ("icontains", ANYTHING, "", True),
+    ("startswith", "", "", False),
+    ("istartswith", "", "", True),
+    ("endswith", ANYTHING, "$", False),
+    ("iendswith", ANYTHING, "$", True),
+    ("iexact", "", "$", True),
+):
+    members = {"before": before, "after": after, "ignores_case": ignores_case}
+    LabelText.register_lookup(type(f"PartOfText_{lookup}", (PartOfText,), members), lookup)
 
 
 class Context(models.TextField):  # type: ignore[type-arg]
@@ -72,9 +100,10 @@ class Context(models.TextField):  # type: ignore[type-arg]
             return None
         if value.startswith(CONTEXT_OF_DJANGO_PGACTIVITY):
             try:
-                return json.loads(value.removeprefix(CONTEXT_OF_DJANGO_PGACTIVITY).removesuffix("*/"))
-            except ValueError:
+                found = json.loads(value.removeprefix(CONTEXT_OF_DJANGO_PGACTIVITY).removesuffix("*/"))
+            except (ValueError, RecursionError):
                 return None
+            return found if isinstance(found, dict) else None
         label = labels.read(value)
         return label and {
             "task_name": label.owner.task_name,

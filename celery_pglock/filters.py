@@ -8,7 +8,7 @@ from typing import Any
 from django.core.exceptions import FieldError, ValidationError
 from django.db.models import QuerySet
 
-from celery_pglock.errors import LockMisuse
+from celery_pglock.errors import LockMisuse, did_you_mean
 
 BOOLEANS = {
     "true": True,
@@ -28,7 +28,8 @@ def filtered(queryset: QuerySet[Any], texts: Iterable[str]) -> Any:
     """The queryset with each of these filters; ``in`` and ``range`` take values with commas between them."""
     for text in texts:
         lookup, equals, value = text.partition("=")
-        if not (lookup and equals):
+        # Django before 5.2.8 takes the arguments of its own Q objects for lookups, and their texts for SQL.
+        if not (lookup and equals) or lookup.startswith("_"):
             raise LockMisuse(
                 f"The filter {text!r} must be LOOKUP=VALUE, such as 'wait_duration__gte=5 seconds'."
             )
@@ -36,7 +37,10 @@ def filtered(queryset: QuerySet[Any], texts: Iterable[str]) -> Any:
             queryset = queryset.filter(**{lookup: _value(lookup, value)})
         except (FieldError, ValidationError, ValueError, TypeError) as error:
             reason = "; ".join(error.messages) if isinstance(error, ValidationError) else str(error)
-            raise LockMisuse(f"The filter {text!r} cannot be used: {reason}") from error
+            known = [field.name for field in queryset.model._meta.get_fields()]
+            first = lookup.partition("__")[0]
+            guess = "" if first in known else did_you_mean(first, known)
+            raise LockMisuse(f"The filter {text!r} cannot be used: {reason}{guess}") from error
     return queryset
 
 

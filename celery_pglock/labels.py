@@ -16,6 +16,9 @@ from celery_pglock.keys import Key
 LONGEST_APPLICATION_NAME = 63
 LONGEST_NAME = 200
 
+# The first second, since the epoch, that a datetime cannot tell: year 10000 in UTC.
+END_OF_TIME = 253402300800
+
 LOCK_SESSION = "pglock"
 WORK_CONNECTION = "celery"
 
@@ -97,10 +100,17 @@ def read(query: str) -> Label | None:
 def _holding(text: str) -> Holding | None:
     try:
         objsubid, classid, objid, since, name = text.split(":")
-        return Holding(Key(int(objsubid), int(classid), int(objid), decoded(name)), float(since))
+        return Holding(Key(int(objsubid), int(classid), int(objid), decoded(name)), _moment(since))
     except ValueError:
         # Anybody may write a comment that only looks like ours.
         return None
+
+
+def _moment(text: str) -> float:
+    moment = float(text)
+    if not 0 <= moment < END_OF_TIME:
+        raise ValueError(text)
+    return moment
 
 
 def encoded(text: str) -> str:

@@ -32,7 +32,7 @@ def looking(alias: str) -> Iterator[None]:
     """
     check_vendor(alias)
     connection = connections[alias]
-    is_nested = connection.in_atomic_block
+    is_nested = not connection.get_autocommit()
     try:
         with transaction.atomic(using=alias), connection.cursor() as cursor:
             cursor.execute(BOUND, [LOCK_TIMEOUT, STATEMENT_TIMEOUT])

@@ -17,6 +17,7 @@ from celery_pglock.tables import AnyModel, quoted, tables_of
 
 # PostgreSQL's pids are int4.
 ENDLESS_PID = 2**31
+MOST_DIGITS = 10
 
 M = TypeVar("M", bound=Model)
 Self = TypeVar("Self", bound="ViewQuerySet[Any]")
@@ -132,6 +133,11 @@ class BlockedPGLockQuerySet(PGLockQuerySet[M]):
 
 def _pid(given: Any) -> int:
     text = str(given)
-    if isinstance(given, bool) or not (text.isascii() and text.isdigit()) or int(text) >= ENDLESS_PID:
+    if isinstance(given, bool) or not _is_number(text) or int(text) >= ENDLESS_PID:
         raise LockMisuse(f"{given!r} is not a pid: use the number of a backend, as pg_stat_activity has it.")
     return int(text)
+
+
+def _is_number(text: str) -> bool:
+    # Python refuses to read numbers of thousands of digits.
+    return text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS

@@ -32,7 +32,8 @@ WHERE datname = current_database()
 """
 
 # A label is believed where it names the very lock of the row. A backend that waits for a row waits for the
-# transaction that changed it, and holds the lock of the row itself meanwhile: that tells the table.
+# transaction that changed it, and holds the lock of the row itself meanwhile: that tells the table. Of what a
+# backend has read in several serializable transactions, only the transaction tells one lock from another.
 LOCKS = r"""
 CREATE VIEW celery_pglock_pglock AS
 WITH locks AS MATERIALIZED (
@@ -40,14 +41,23 @@ WITH locks AS MATERIALIZED (
            virtualtransaction, pid, mode, granted, waitstart
     FROM pg_locks
 ), backends AS MATERIALIZED (
-    SELECT pid, application_name, query FROM pg_stat_activity WHERE datname = current_database()
+    SELECT pid, query, (
+        SELECT string_agg(
+            CASE WHEN c ~ '[A-Za-z0-9_.~-]' THEN c ELSE '%' || upper(encode(convert_to(c, 'UTF8'), 'hex')) END,
+            '' ORDER BY position
+        )
+        FROM regexp_split_to_table(substring(application_name FROM '^(?:pglock|celery):(.*)$'), '')
+             WITH ORDINALITY AS characters (c, position)
+    ) AS task_id
+    FROM pg_stat_activity WHERE datname = current_database()
 ), this_database AS MATERIALIZED (
     SELECT oid FROM pg_database WHERE datname = current_database()
 )
 SELECT
     concat_ws(
         ':', l.locktype, l.database, l.relation, l.page, l.tuple, l.virtualxid, l.transactionid, l.classid,
-        l.objid, l.objsubid, coalesce(l.pid::text, l.virtualtransaction), l.mode,
+        l.objid, l.objsubid, l.pid, CASE WHEN l.pid IS NULL OR l.mode = 'SIReadLock' THEN l.virtualtransaction END,
+        l.mode,
         CASE WHEN NOT l.granted THEN 'waiting' END
     ) AS id,
     upper(l.locktype) AS type,
@@ -70,14 +80,14 @@ SELECT
         ELSE c.relkind::text
     END AS rel_kind,
     c.relname::text AS rel_name,
-    c.oid::bigint AS relation,
+    coalesce(l.relation, of_row.relation)::bigint AS relation,
     coalesce(label.name, '') AS name,
     coalesce(CASE WHEN label.name IS NOT NULL
         THEN substring(b.query FROM '^/\*pglock:1 task=([^ *]*) ') END, '') AS task_name,
     coalesce(
         nullif(CASE WHEN label.name IS NOT NULL
             THEN substring(b.query FROM '^/\*pglock:1 [^*]*\mid=([^ *]*) ') END, ''),
-        replace(substring(b.application_name FROM '^(?:pglock|celery):(.*)$'), '%', '%25'),
+        b.task_id,
         ''
     ) AS task_id,
     coalesce(CASE WHEN label.name IS NOT NULL
