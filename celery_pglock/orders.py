@@ -63,6 +63,12 @@ class Order:
     targets: tuple[Target, ...]
     prepared: int
 
+    @property
+    def goes_beyond_limit(self) -> bool:
+        """Whether it is about more rows than a listing would show."""
+        number = self.prepared + sum(len(target.rows) for target in self.targets)
+        return self.chosen.limit is not None and number > self.chosen.limit
+
     def carry_out(self) -> tuple[Stop, ...]:
         """Stop each that is still what was read, and say what became of it."""
         model = BlockedPGLock if self.chosen.blocking else PGLock

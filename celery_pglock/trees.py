@@ -179,7 +179,7 @@ class Waits:
         }
 
     def roots(self) -> list[Pid]:
-        """Who blocks others and waits for nobody, and one of each cycle; those with most behind them first."""
+        """Who blocks others and waits for nobody, and one of each cycle; those with most behind first."""
         roots = [pid for pid in self._behind if pid not in self._of_waiter]
         reached = self._reached(roots)
         for pid in self._behind:

@@ -214,6 +214,8 @@ class Command(BaseCommand):
             return NO if order.prepared else DONE
         for target in order.targets:
             self._note(str(target))
+        if order.goes_beyond_limit:
+            self._note(f"All of them are meant: --limit {chosen.limit} is only for what is shown.")
         number = len(order.targets)
         backends = "1 backend" if number == 1 else f"{number} backends"
         if not chosen.yes and not self._is_confirmed(f"{verb} {backends}? [y/N] "):
@@ -228,9 +230,7 @@ class Command(BaseCommand):
 
     def _is_confirmed(self, question: str) -> bool:
         if not (sys.stdin and sys.stdin.isatty()):
-            raise CommandError(
-                "Nothing was done, as nobody can be asked without a terminal: confirm by --yes."
-            )
+            raise CommandError("Nothing was done: without a terminal nobody can be asked; confirm by --yes.")
         self._note(question, ending="")
         try:
             answer = sys.stdin.readline()
