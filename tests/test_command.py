@@ -24,6 +24,11 @@ from celery_pglock.printed_texts import cut, one_line
 from celery_pglock.trees import Waits
 from tests.conftest import Rival, wait_until
 
+# Only in this database: a pid may belong to somebody else by then.
+STOP_ALL = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid = ANY(%s)
+"""
+
 ENDED = "terminated (it has ended)"
 
 
@@ -114,7 +119,7 @@ def rivals(transactional_db):
     yield everybody
     # Who waits for a lock does not notice that his client has gone.
     with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_terminate_backend(pid) FROM unnest(%s) AS pid", [pids])
+        cursor.execute(STOP_ALL, [pids])
     wait_until(lambda: not PGActivity.objects.filter(pk__in=pids).exists(), "they have left")
     for somebody in everybody:
         somebody.connection.close()
@@ -373,12 +378,26 @@ def test_the_tree_is_nested_objects_in_json(waiting):
     assert (below["pid"], below["wait"]["objid"], below["waiters"]) == (pid_of(waiter), 7, [])
 
 
-def test_the_tree_names_the_task_of_a_lock_session(rivals):
-    with advisory("report"):
-        want(rivals[0], "report")
-        root, below = pglock("--tree").lines
-    assert root.split()[1].startswith("pglock")
-    assert below.endswith(f"ADVISORY EXCLUSIVE {key('report').arguments[0]}")
+def hold_as_task(somebody, number, task_name, task_id, name):
+    """Hold a lock with the label of a task."""
+    call_himself(somebody, f"pglock:{task_id}")
+    label = f"/*pglock:1 task={task_name} id={task_id} worker=w1 key=1:0:{number}:1.0:{name}*/"
+    somebody.connection.execute(f"{label} SELECT pg_advisory_lock({number})")
+
+
+def test_tasks_are_named_where_a_label_is_beside_its_lock(rivals):
+    lock_session, work, holder, *_ = rivals
+    hold_as_task(lock_session, 7, "shop.sync", "abc", "report")
+    call_himself(work, "celery:abc")
+    hold_as_task(holder, 8, "shop.%1b%5b31mother", "def", "other")
+    want(work, 8)
+    root, below = pglock("--tree").lines
+    assert root.startswith(rf"{pid_of(holder)} shop.\x1b[31mother [def], IDLE for ")
+    assert below.startswith(f"    {pid_of(work)} shop.sync [abc], ACTIVE for ")
+    assert f", the other session of its task is {pid_of(lock_session)}, waits " in below
+    victim = pglock("-f", "name=report", "--terminate", "-y").err
+    assert victim.startswith(f"backend {pid_of(lock_session)}: shop.sync [abc] (pglock:abc), IDLE for ")
+    assert "holds ADVISORY EXCLUSIVE 'report'" in victim
 
 
 def test_the_tree_mentions_the_other_session_of_a_task(rivals):

@@ -26,6 +26,7 @@ from celery_pglock.printed_texts import one_line
 DONE = 0
 USAGE = 2
 NO = 3
+INTERRUPTED = 130  # as of shells: 128 and the number of SIGINT
 
 EPILOG = (
     "Exit codes: 0 done; 1 an error; 2 a usage error; 3 the answer is no: the key of --why is taken, or not "
@@ -131,13 +132,24 @@ class Command(BaseCommand):
         parser.add_argument("-y", "--yes", action="store_true", help="do not ask before that")
 
     def handle(self, *args: Any, **options: Any) -> None:
+        code = DONE
         try:
-            code = self._answer(options)
+            _check_together(options)
+            chosen = inquiries.asked(
+                options["config"], {name: options[name] for name in Chosen.__dataclass_fields__}
+            )
+            if chosen.cancel or chosen.terminate:
+                # Until it is known what became of them.
+                code = NO
+                code = self._stop(chosen, options)
+            else:
+                code = self._look(chosen, options)
             self.stdout.flush()
         except BrokenPipeError:
             # Python would complain when it flushes at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
         except LockMisuse as misuse:
             raise CommandError(one_line(misuse)) from misuse
         except (DatabaseError, InterfaceError) as error:
@@ -145,14 +157,7 @@ class Command(BaseCommand):
         if code != DONE:
             raise SystemExit(code)
 
-    def _answer(self, options: Mapping[str, Any]) -> int:
-        _check_together(options)
-        chosen = inquiries.asked(
-            options["config"], {name: options[name] for name in Chosen.__dataclass_fields__}
-        )
-        if chosen.cancel or chosen.terminate:
-            _check_together({**options, "cancel": chosen.cancel, "terminate": chosen.terminate})
-            return self._stop(chosen, options)
+    def _look(self, chosen: Chosen, options: Mapping[str, Any]) -> int:
         look: Callable[[], int]
         if options["why"] is not None:
             look = partial(self._why, inquiries.identifier(options["why"]), chosen, options)
@@ -200,6 +205,7 @@ class Command(BaseCommand):
         return DONE if found.explanation.would_run else NO
 
     def _stop(self, chosen: Chosen, options: Mapping[str, Any]) -> int:
+        _check_together({**options, "cancel": chosen.cancel, "terminate": chosen.terminate})
         order = orders.order(chosen)
         verb = "Cancel" if chosen.cancel else "Terminate"
         if order.prepared:
