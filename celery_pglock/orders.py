@@ -39,7 +39,7 @@ class Target:
         return [row for row in self.rows if row.activity_id == self.pid]
 
     def _reason(self) -> str:
-        first, *more = self.rows
+        first, *more = sorted(self.rows, key=_most_telling)
         if self._own_rows():
             reason = f"{'holds' if first.granted else 'waits for'} {wordings.lock(first)}"
         else:
@@ -50,6 +50,10 @@ class Target:
     def victim(self) -> Victim:
         start = self.activity and self.activity.backend_start
         return Victim(self.pid, start, tuple(row.pk for row in self.rows))
+
+
+def _most_telling(row: Any) -> tuple[bool, ...]:
+    return (row.granted, not row.name, row.type != "ADVISORY", row.rel_kind != "TABLE")
 
 
 @dataclass(frozen=True, slots=True)
