@@ -64,6 +64,7 @@ def _process(*arguments, **options):
         **os.environ,
         "DJANGO_SETTINGS_MODULE": "tests.settings",
         "TEST_DATABASE_NAME": connection.settings_dict["NAME"],
+        "PYTHONUNBUFFERED": "",
         **options.pop("variables", {}),
     }
     command = [sys.executable, "-m", "django", "pglock", *arguments]
@@ -77,7 +78,7 @@ def in_process(*arguments, **options):
     return Answer(out, err, process.returncode)
 
 
-def on_terminal(*arguments, answer=None, columns=60):
+def on_terminal(*arguments, answer=None, meanwhile=None, columns=60):
     """As a person sees it; what goes to stdout is between the terminal's lines."""
     terminal, slave = pty.openpty()
     variables = {"COLUMNS": str(columns), "LINES": "40"}
@@ -87,6 +88,8 @@ def on_terminal(*arguments, answer=None, columns=60):
         if answer is not None:
             while not err.endswith("[y/N] "):
                 err += process.stderr.read(1) or pytest.fail(err)
+            if meanwhile is not None:
+                meanwhile()
             os.write(terminal, answer.encode())
         out = b""
         with suppress(OSError):
@@ -150,8 +153,10 @@ def test_the_table_has_a_header_and_a_line_for_each_lock_with_waiters_first(wait
     assert answer.err == ""
 
 
-def test_those_who_wait_longest_come_first(rivals):
-    holder, late, early, *_ = rivals
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_those_who_wait_longest_come_first(order, rivals):
+    holder = rivals[0]
+    late, early = (rivals[number] for number in order)
     holder.take(7)
     want(early, 7)
     want(late, 7)
@@ -637,27 +642,20 @@ def test_a_person_is_asked_and_only_yes_means_yes(waiting):
     assert agreed.code == 0
 
 
-def test_only_what_was_confirmed_is_stopped(waiting):
-    holder, _waiter = waiting
-    with _process("-f", "granted=true", "-f", "type=ADVISORY", "--terminate", **_terminal()) as process:
-        err = ""
-        while not err.endswith("[y/N] "):
-            err += process.stderr.read(1) or pytest.fail(err)
-        late = Rival()
-        late.take(9)
+def test_only_what_was_confirmed_is_stopped(waiting, rival):
+    holder, waiter = waiting
+
+    def change_sides():
+        rival.take(9)
         holder.give_back(7)
-        os.write(_terminal.master, b"y\n")
-        out = process.stdout.read()
-    os.close(_terminal.master)
-    assert out == f"backend {pid_of(holder)}: gone (it had ended already, or was no longer what was chosen)\n"
-    assert process.returncode == 3
-    assert late.ask("SELECT 1") == 1
-    late.connection.close()
+        wait_until(lambda: rival.sees_held(7) and not rival.sees_held(7, granted=False), "it is handed over")
 
-
-def _terminal():
-    _terminal.master, slave = pty.openpty()
-    return {"stdin": slave}
+    arguments = ("-f", "granted=true", "-f", "type=ADVISORY", "--terminate")
+    answer = on_terminal(*arguments, answer="y\n", meanwhile=change_sides)
+    gone = f"backend {pid_of(holder)}: gone (it had ended already, or was no longer what was chosen)"
+    assert answer.out.splitlines()[-1] == gone
+    assert answer.code == 3
+    assert PGActivity.objects.filter(pk__in=[pid_of(holder), pid_of(waiter), pid_of(rival)]).count() == 3
 
 
 # The terminal, and what is no terminal
@@ -674,10 +672,11 @@ def test_lines_are_cut_to_a_terminal_and_whole_elsewhere(waiting):
     assert whole.lines[1].endswith("EXCLUSIVE")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(rivals):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_is_no_error(unbuffered, rivals):
     for number in range(3000):
         rivals[0].take(number)
-    with _process("-l", "0") as process:
+    with _process("-l", "0", variables={"PYTHONUNBUFFERED": unbuffered}) as process:
         process.stdout.readline()
         process.stdout.close()
         err = process.stderr.read()
