@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 from django.core.management import call_command
 from django.core.management.base import CommandError
-from django.db import connection
+from django.db import connection, transaction
 
 from celery_pglock import advisory
 from celery_pglock.inquiries import identifier
@@ -23,6 +23,7 @@ from celery_pglock.models import BlockedPGLock, PGActivity
 from celery_pglock.printed_texts import cut, one_line
 from celery_pglock.trees import Waits
 from tests.conftest import Rival, wait_until
+from tests.models import Entry
 
 # Only in this database: a pid may belong to somebody else by then.
 STOP_ALL = """
@@ -166,6 +167,14 @@ def test_those_who_wait_longest_come_first(order, rivals):
 
 def test_the_command_does_not_list_its_own_locks(transactional_db):
     assert all("celery_pglock_pg" not in line for line in pglock("-l", "0").lines)
+
+
+def test_the_command_does_not_list_its_own_backend_as_one_in_the_way(rivals):
+    with transaction.atomic():
+        assert advisory(7, xact=True).acquire()
+        want(rivals[0], 7)
+        assert pglock("--blocking", "--json").json == []
+        assert pglock("--tree", "--json").json == []
 
 
 def test_pids_choose_backends(waiting):
@@ -576,6 +585,14 @@ def test_terminate_ends_the_backends_of_what_was_chosen_and_says_so(waiting):
     assert PGActivity.objects.filter(pk=pid_of(waiter)).exists()
 
 
+def test_a_victim_is_told_by_the_most_telling_of_its_locks(rivals):
+    Entry.objects.create(key="k", task_id="t", what="w")
+    rivals[0].connection.execute("BEGIN")
+    rivals[0].connection.execute("UPDATE tests_entry SET what = 'x'")
+    answer = pglock(str(pid_of(rivals[0])), "--terminate", "-y")
+    assert ", holds RELATION ROW_EXCLUSIVE tests_entry and " in answer.err
+
+
 def test_blocking_terminate_ends_those_who_are_in_the_way(waiting):
     holder, waiter = waiting
     answer = pglock(str(pid_of(waiter)), "--blocking", "--terminate", "-y")
@@ -681,6 +698,14 @@ def test_a_reader_that_has_seen_enough_is_no_error(unbuffered, rivals):
         process.stdout.close()
         err = process.stderr.read()
     assert err == ""
+    assert process.returncode == 0
+
+
+def test_a_reader_that_has_gone_before_the_first_line_is_no_error(transactional_db):
+    with _process("-f", "name=nobody", "--json") as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert err == "No locks were found.\n"
     assert process.returncode == 0
 
 
