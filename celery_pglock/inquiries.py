@@ -1,0 +1,228 @@
+"""What an operator can ask of the database in which locks are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
+
+from django.db.models import BooleanField, Count, ExpressionWrapper, F, Func, IntegerField, Q, Window
+
+from celery_pglock import config, labels
+from celery_pglock.config import Chosen
+from celery_pglock.errors import LockMisuse, did_you_mean
+from celery_pglock.holders import Explanation, Holder
+from celery_pglock.keys import Identifier
+from celery_pglock.listings import Listing
+from celery_pglock.locks import advisory
+from celery_pglock.looks import looking
+from celery_pglock.models import BlockedPGLock, PGActivity, PGLock
+from celery_pglock.printed_texts import in_json, one_line
+from celery_pglock.trees import Cycle, Obstacle, Pid, Tree, Waits
+from celery_pglock.wordings import UNREADABLE
+
+INT = re.compile(r"0|-?[1-9][0-9]*")
+PAIR = re.compile(r"\(\s*(0|-?[1-9][0-9]*)\s*,\s*(0|-?[1-9][0-9]*)\s*\)")
+IN_QUOTES = re.compile(r"""(["'])(.*)\1""", re.DOTALL)
+
+Rows: TypeAlias = Any
+"""A queryset of ``PGLock`` or ``BlockedPGLock``."""
+
+
+class OwnPid(Func):
+    """The backend that is asked."""
+
+    function = "pg_backend_pid"
+    output_field = IntegerField()
+
+
+@dataclass(frozen=True, slots=True)
+class Forest:
+    """Trees of waits; ``left_out`` is how many a limit cut off."""
+
+    trees: tuple[Tree, ...]
+    cycles: tuple[str, ...]
+    left_out: int
+    has_unreadable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reasons:
+    """Whether a key could be taken now, and what the backends of its holders wait for themselves."""
+
+    explanation: Explanation
+    obstacles: Mapping[int, tuple[Obstacle, ...]]
+    has_unreadable: bool
+
+    def lines(self) -> Iterator[str]:
+        """The answer, everybody who is concerned, and the way to the root of what holds them up."""
+        found = self.explanation
+        yield f"lock {found.lock!r}: {'free to take' if found.would_run else 'taken'}"
+        for holder in found.holders:
+            yield f"  held by {one_line(holder)}"
+            for obstacle in self.obstacles[holder.pid]:
+                yield from obstacle.lines(1)
+        yield from (f"  waited for by {one_line(waiter)}" for waiter in found.waiters)
+
+    def in_json(self) -> dict[str, Any]:
+        found = self.explanation
+        holders = [
+            _holder_in_json(holder) | {"waits": [one.in_json() for one in self.obstacles[holder.pid]]}
+            for holder in found.holders
+        ]
+        waiters = [_holder_in_json(waiter) for waiter in found.waiters]
+        return {"lock": found.lock, "would_run": found.would_run, "holders": holders, "waiters": waiters}
+
+
+def asked(name: str | None, options: Mapping[str, Any]) -> Chosen:
+    """What a configuration and these options ask for, checked; a ``limit`` of ``None`` is none at all."""
+    # A limit of 0 is given, and would count as empty.
+    texts = {"limit": str(options["limit"])} if options.get("limit") is not None else {}
+    found = config.chosen(name, {**options, **texts})
+    alias = found.database or config.current().USING
+    config.check_alias(alias, "The option 'database'" if found.database else "CELERY_PGLOCK['USING']")
+    return replace(found, database=alias, limit=_limit(found.limit), attributes=_attributes(found))
+
+
+def rows(chosen: Chosen) -> Rows:
+    """The locks that were asked for, or the waits; without those of the backend that looks."""
+    found: Rows = BlockedPGLock.objects if chosen.blocking else PGLock.objects
+    found = found.config(
+        None, database=chosen.database, pids=chosen.pids, on=chosen.on, filters=chosen.filters
+    )
+    if chosen.blocking:
+        found = found.exclude(blocking_activity_id=OwnPid())
+    longest_first = [F(name).desc(nulls_last=True) for name in ("wait_duration", "activity__duration")]
+    return found.exclude(activity_id=OwnPid()).order_by("granted", *longest_first, "pk")
+
+
+def listing(chosen: Chosen) -> Listing:
+    """The attributes of the locks that were asked for."""
+    unreadable = Q(activity__query=UNREADABLE)
+    if chosen.blocking:
+        unreadable |= Q(blocking_activity__query=UNREADABLE)
+    found = (
+        rows(chosen)
+        .annotate(
+            rows_in_all=Window(Count("*")),
+            is_unreadable=ExpressionWrapper(unreadable, output_field=BooleanField()),
+        )
+        .values(*chosen.attributes, "rows_in_all", "is_unreadable")
+    )
+    with looking(str(chosen.database)):
+        shown = list(found if chosen.limit is None else found[: chosen.limit])
+    return Listing(
+        chosen.attributes,
+        [[row[attribute] for attribute in chosen.attributes] for row in shown],
+        left_out=shown[0]["rows_in_all"] - len(shown) if shown else 0,
+        has_unreadable=any(row["is_unreadable"] for row in shown),
+    )
+
+
+def forest(chosen: Chosen) -> Forest:
+    """Who waits for whom: the trees with these backends, and with waits that were asked for."""
+    alias = str(chosen.database)
+    wanted: list[set[int]] = []
+    with looking(alias):
+        found = _all_waits(alias)
+        if chosen.pids:
+            wanted.append(set(PGActivity.objects.using(alias).pid(*chosen.pids).values_list("pk", flat=True)))
+        if chosen.on or chosen.filters:
+            waits_wanted = rows(replace(chosen, blocking=True, pids=()))
+            wanted.append(set(waits_wanted.values_list("activity_id", flat=True)))
+        waits = _waits(alias, found)
+    roots = [root for root in waits.roots() if all(waits.holds_up(root, pids) for pids in wanted)]
+    shown = roots if chosen.limit is None else roots[: chosen.limit]
+    return Forest(
+        tuple(waits.trees(shown)),
+        tuple(str(cycle) for cycle in waits.cycles if _concerns(waits, shown, cycle)),
+        left_out=len(roots) - len(shown),
+        has_unreadable=_are_unreadable(found),
+    )
+
+
+def reasons(identifier: Identifier, alias: str) -> Reasons:
+    """Why a key can be taken now, or not: who holds it, and what they wait for themselves."""
+    # A transaction-level lock is asked about through poolers, too, and it is the same lock.
+    lock = advisory(identifier, xact=True, using=alias)
+    with looking(alias):
+        explanation = lock.explain()
+        found = _all_waits(alias)
+        waits = _waits(alias, found)
+    return Reasons(
+        explanation,
+        {holder.pid: waits.obstacles(holder.pid) for holder in explanation.holders},
+        has_unreadable=_are_unreadable(found),
+    )
+
+
+def identifier(text: str) -> Identifier:
+    """The lock id that a text stands for: ``42`` and ``(1, 2)`` are numbers, ``"42"`` in quotes is a text."""
+    if INT.fullmatch(text):
+        return int(text)
+    if pair := PAIR.fullmatch(text):
+        return int(pair[1]), int(pair[2])
+    quoted = IN_QUOTES.fullmatch(text)
+    return quoted[2] if quoted else text
+
+
+def _holder_in_json(holder: Holder) -> dict[str, Any]:
+    return {name: in_json(value) for name, value in asdict(holder).items()}
+
+
+def _all_waits(alias: str) -> list[Any]:
+    found = BlockedPGLock.objects.using(alias).select_related("activity", "blocking_activity")
+    return list(found.exclude(activity_id=OwnPid()).exclude(blocking_activity_id=OwnPid()))
+
+
+def _waits(alias: str, found: Iterable[Any]) -> Waits:
+    sessions = Q(application_name__startswith=f"{labels.LOCK_SESSION}:")
+    sessions |= Q(application_name__startswith=f"{labels.WORK_CONNECTION}:")
+    names = PGActivity.objects.using(alias).filter(sessions).values_list("pk", "application_name")
+    labelled = PGLock.objects.using(alias).filter(type="ADVISORY").exclude(task_name="")
+    tasks = labelled.values_list("activity_id", "task_name", "task_id")
+    return Waits(
+        found,
+        {pid: name or "" for pid, name in names},
+        {pid: (name, task_id) for pid, name, task_id in tasks if pid is not None},
+    )
+
+
+def _concerns(waits: Waits, roots: Iterable[Pid], cycle: Cycle) -> bool:
+    return any(waits.holds_up(root, [wait.activity_id for wait in cycle.waits]) for root in roots)
+
+
+def _are_unreadable(found: Iterable[Any]) -> bool:
+    activities = [activity for row in found for activity in (row.activity, row.blocking_activity)]
+    return any(activity is not None and activity.query == UNREADABLE for activity in activities)
+
+
+def _limit(given: Any) -> int | None:
+    if given is None:
+        return None
+    text = str(given)
+    if isinstance(given, bool) or not (text.isascii() and text.isdigit()):
+        raise LockMisuse(f"The limit {given!r} must be a number of rows, or 0 for all of them.")
+    return int(text) or None
+
+
+def _attributes(chosen: Chosen) -> tuple[str, ...]:
+    known = _known_attributes(BlockedPGLock if chosen.blocking else PGLock)
+    for attribute in chosen.attributes:
+        if attribute not in known:
+            hint = "; with --blocking there is one" if attribute in _known_attributes(BlockedPGLock) else ""
+            raise LockMisuse(
+                f"There is no attribute {attribute!r}{hint}.{did_you_mean(str(attribute), known)}"
+            )
+    return tuple(dict.fromkeys(chosen.attributes))
+
+
+def _known_attributes(model: Any) -> list[str]:
+    known = []
+    for field in model._meta.concrete_fields:
+        known.append(field.attname)
+        if field.related_model:
+            known.append(field.name)
+            known += [f"{field.name}__{name}" for name in _known_attributes(field.related_model)]
+    return known
