@@ -754,7 +754,7 @@ def test_a_terminal_is_cleared_before_each_look(transactional_db):
     ("arguments", "message"),
     [
         (["-d", "default2"], "'default2', which is not in DATABASES. Did you mean 'default'?"),
-        (["-o", "tests.Entri"], "no model 'tests.Entri'; a label is 'app_label.Model'. Did you mean"),
+        (["-o", "tests.Entri"], "no model 'tests.Entri'. Did you mean"),
         (["-f", "x=1"], "The filter 'x=1' cannot be used"),
         (["-f", "granted"], "must be LOOKUP=VALUE"),
         (["-f", "name__regex=("], "The database says: "),

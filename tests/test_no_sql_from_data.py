@@ -19,7 +19,9 @@ from celery_pglock.models import BlockedPGLock, PGActivity, PGLock
 PACKAGE = Path(celery_pglock.__file__).parent
 # Functions that send their first argument.
 SENDS = {"execute": 0, "ask": 0, "rows": 0}
-PARTS_OF_STATEMENTS = {"select", "opening", "source"}
+PARTS_OF_STATEMENTS = {"select", "opening", "source", "_sql"}
+# What a function is given and sends: whoever gives it is looked at, or has quoted or checked it.
+GIVEN = {"sql", "act", "tables", "table", "mode"}
 WRITE_CONSTANTS = {"quote_name", "comment", "_label", "_labelled", "len", "reversed", "values"}
 
 # More of them take longer: `EXAMPLES=5000 make test ARGS='-k no_sql'`.
@@ -64,7 +66,9 @@ def sent():
     } | SENDS
     for path, function in functions():
         for call in ast.walk(function):
-            if isinstance(call, ast.Call) and name_of(call) in positions:
+            if not isinstance(call, ast.Call) or (name_of(call) in SENDS and isinstance(call.func, ast.Name)):
+                continue
+            if name_of(call) in positions:
                 position = positions[name_of(call)]
                 yield path, function, call.args[position] if len(call.args) > position else call
 
@@ -80,8 +84,10 @@ def is_constant(node, function):
             return are_constant(parts)
         case ast.FormattedValue(value=part) | ast.Starred(value=part):
             return is_constant(part, function)
-        case ast.BinOp(left=left, right=right):
+        case ast.BinOp(left=left, right=right) | ast.IfExp(body=left, orelse=right):
             return are_constant([left, right])
+        case ast.ListComp(elt=part):
+            return is_constant(part, function)
         case ast.Attribute(attr=name):
             return name.isupper() or name in PARTS_OF_STATEMENTS
         case ast.Call(func=ast.Attribute(attr="format" | "join", value=text), args=args, keywords=keywords):
@@ -101,8 +107,7 @@ def is_local_constant(name, function):
                 values.append(value)
             case ast.For(target=ast.Name(id=target), iter=value) if target == name:
                 values.append(value)
-    # Not assigned here, it was given: whoever gave it is looked at, too.
-    return all(is_constant(value, function) for value in values) if values else name in ("sql", "act")
+    return all(is_constant(value, function) for value in values) if values else name in GIVEN
 
 
 def test_what_is_sent_is_put_together_from_constants():

@@ -366,7 +366,7 @@ class TestFilters:
 
     @pytest.mark.parametrize(
         ("given", "reason"),
-        [("tests.Entri", "Did you mean 'tests.Entry'"), (7, "not a model"), ("x", "no model 'x'")],
+        [("tests.Entri", "Did you mean 'tests.Entry'"), (7, "is no model"), ("x", "no model 'x'")],
     )
     def test_what_is_no_model_is_refused(self, given, reason):
         with pytest.raises(LockMisuse, match=reason):
