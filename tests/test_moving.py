@@ -484,3 +484,9 @@ class TestWithoutAGap:
 
     def test_advisory_sorts_its_keys(self):
         assert advisory(2, 1).keys == (key(1), key(2))
+
+    def test_of_a_limit_the_other_library_takes_the_first_slot_alone(self, rival):
+        PEERS["django-pglock"].call(rival, "pg_try_advisory_lock", "export")
+        with advisory("export", limit=2, timeout=0) as acquired:
+            assert acquired
+            assert not advisory("export", timeout=0).acquire()
