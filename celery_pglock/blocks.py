@@ -87,3 +87,9 @@ def refuse_what_runs_later(function: Callable[..., Any], what: str) -> None:
                 f"{name} is {kind}: calling it only creates it, so {what} would be over before its body "
                 f"runs. Decorate the function that does the work."
             )
+
+
+def refuse_bare(arguments: Sequence[object], what: str) -> None:
+    """Refuse a function where an argument should be: ``what`` was written over it without parentheses."""
+    if len(arguments) == 1 and inspect.isroutine(arguments[0]):
+        raise LockMisuse(f"Write @{what}() with parentheses: it takes what comes in them, not the function.")

@@ -188,8 +188,10 @@ class Claim:
         Where nothing was taken the hold is empty again, and its transaction rolled back.
         """
         started = time.monotonic()
-        if self.xact and open_transaction:
-            hold.open_transaction()
+        if self.xact:
+            check_vendor(self.using)
+            if open_transaction:
+                hold.open_transaction()
         reason = self._reason_why_not(hold, owner, timeout, started)
         hold.since = time.monotonic()
         hold.waited = hold.since - started
@@ -282,7 +284,7 @@ class Claim:
         hold.in_order = True
 
     def _attempt_in_transaction(self, hold: Hold, owner: Owner, timeout: MaybeSeconds) -> str | None:
-        check_vendor(self.using)
+        self._refuse_to_meet_itself()
         waits = self.limit == 1 and timeout != 0
         if self.limit > 1:
             statement = statements.take_slots([key.slots(self.limit) for key in self.keys], xact=True)
@@ -315,6 +317,20 @@ class Claim:
             return TAKEN
         hold.keys = self.keys
         return None
+
+    def _refuse_to_meet_itself(self) -> None:
+        """A transaction-level lock is on another session than the session-level ones of the same thread."""
+        session = pool().leased.get(self.using)
+        if session is None or not session.is_believed or self.limit > 1:
+            return
+        mine = session.held_among(self.keys, shared=False)
+        if mine is None and not self.shared:
+            mine = session.held_among(self.keys, shared=True)
+        if mine is not None:
+            raise LockMisuse(
+                f"This thread holds {mine.name!r} by a session-level lock, so it would wait for itself: its "
+                f"transaction-level locks are on another session. Take both at the same level."
+            )
 
     def _labelled(self, statement: Statement, owner: Owner) -> tuple[str, list[int | str]]:
         """The statement with what tells a task's transaction from others, to the end of the transaction."""

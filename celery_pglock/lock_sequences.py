@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 from celery_pglock import holders
 from celery_pglock.claims import Claim, Hold, Refusal
 from celery_pglock.durations import UNSET
-from celery_pglock.errors import LockNotHeld
+from celery_pglock.errors import LockMisuse, LockNotHeld
 from celery_pglock.keys import Identifier, in_order, refuse_too_many
 from celery_pglock.side_effects import Conflict
 
@@ -59,6 +59,8 @@ class LockSequence:
     _claim: Claim = field(compare=False)
 
     def __init__(self, *identifiers: Identifier, using: str = "default") -> None:
+        if not isinstance(using, str):
+            raise LockMisuse(f"using must be an alias in DATABASES, not {using!r}.")
         keys = in_order(identifiers)
         refuse_too_many(keys)
         claim = Claim(keys, shared=self.shared, xact=False, limit=1, using=using, timeout=UNSET)

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 from django.db import connections
 
 from celery_pglock import holders
-from celery_pglock.blocks import refuse_what_runs_later
+from celery_pglock.blocks import refuse_bare, refuse_what_runs_later
 from celery_pglock.claims import Claim, Hold, Refusal
 from celery_pglock.durations import UNSET, MaybeDuration, seconds
 from celery_pglock.errors import LockMisuse, LockNotHeld
@@ -38,7 +38,7 @@ _holds = _Holds()
 
 def _pop(stack: list[tuple[advisory, Hold | None]], lock: advisory) -> Hold | None:
     for position in reversed(range(len(stack))):
-        if stack[position][0] == lock:
+        if stack[position][0].is_same_lock(lock):
             return stack.pop(position)[1]
     raise LockNotHeld(lock.name)
 
@@ -88,7 +88,10 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
         timeout: MaybeDuration = UNSET,
         side_effect: SideEffect | type[SideEffect] | None = None,
     ) -> None:
+        refuse_bare(ids, "advisory")
         check_limit(limit, "limit")
+        if not isinstance(using, str):
+            raise LockMisuse(f"using must be an alias in DATABASES, not {using!r}.")
         keys = canonical(ids)
         refuse_too_many(keys)
         if shared and limit > 1:
@@ -105,6 +108,11 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
+
+    def is_same_lock(self, other: advisory) -> bool:
+        """Whether both are the same lock, however long one waits for it, and whatever follows then."""
+        mine = (self.keys, self.shared, self.xact, self.limit, self.using)
+        return mine == (other.keys, other.shared, other.xact, other.limit, other.using)
 
     def strictly(self) -> advisory:
         """The same lock, taken with a fencing token and a lock-delay."""
@@ -136,7 +144,7 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
         return hold is not None
 
     def release(self) -> None:
-        """Give back what this thread's latest ``acquire()`` of this lock took."""
+        """Give back what this thread's latest ``acquire()`` of the same lock took."""
         if self.xact:
             raise LockMisuse("A transaction-level lock cannot be released: it ends with its transaction.")
         if hold := _pop(_holds.by_hand, self):

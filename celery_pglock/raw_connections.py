@@ -17,7 +17,7 @@ from django.db import OperationalError, connections
 from psycopg.pq import TransactionStatus
 
 from celery_pglock import undisturbed
-from celery_pglock.config import current
+from celery_pglock.config import check_alias, current
 from celery_pglock.durations import milliseconds
 from celery_pglock.errors import LockMisuse
 
@@ -52,7 +52,8 @@ class OnStandby(OperationalError):
 
 
 def check_vendor(alias: str) -> None:
-    """Refuse an alias that is not PostgreSQL: it has no such locks."""
+    """Refuse an alias that is not PostgreSQL, or not there at all: it has no such locks."""
+    check_alias(alias, "using=")
     vendor = connections[alias].vendor
     if vendor != "postgresql":
         raise LockMisuse(

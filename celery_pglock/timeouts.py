@@ -14,7 +14,7 @@ import psycopg
 from django.db import Error, connections
 from psycopg.pq import TransactionStatus
 
-from celery_pglock.blocks import Block
+from celery_pglock.blocks import Block, refuse_bare
 from celery_pglock.config import check_alias
 from celery_pglock.durations import UNSET, MaybeDuration, MaybeSeconds, milliseconds, seconds
 from celery_pglock.errors import LockMisuse, did_you_mean
@@ -120,6 +120,7 @@ class timeout(Block[None]):  # noqa: N801 - django-pglock's name, used like a fu
     using: str
 
     def __init__(self, timeout: MaybeDuration = UNSET, *, using: str = "default", **units: float) -> None:
+        refuse_bare([timeout], "timeout")
         object.__setattr__(self, "seconds", _seconds(timeout, units))
         object.__setattr__(self, "using", using)
 

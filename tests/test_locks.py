@@ -382,7 +382,51 @@ def test_a_lock_is_a_value():
         advisory("a").limit = 2
 
 
+def test_what_was_acquired_with_a_timeout_is_released_without(rival):
+    assert advisory("x", timeout=0, side_effect=Raise).acquire()
+    advisory("x").release()
+    assert rival.could_take("x")
+    assert advisory("x", timeout=0).acquire()
+    for another in (advisory("x", shared=True), advisory("y"), advisory("x", limit=2)):
+        with pytest.raises(LockNotHeld):
+            another.release()
+    advisory("x").release()
+
+
+def test_a_decorator_without_parentheses_is_refused():
+    with pytest.raises(LockMisuse, match=r"@advisory\(\)"):
+
+        @advisory
+        def bare():
+            pass
+
+
+@pytest.mark.parametrize("using", [None, 1])
+def test_what_is_no_alias_is_refused(using):
+    with pytest.raises(LockMisuse, match="DATABASES"):
+        advisory("x", using=using)
+
+
+@pytest.mark.parametrize("xact", [False, True])
+def test_a_misspelt_alias_is_refused_with_a_guess(transactional_db, xact):
+    with pytest.raises(LockMisuse, match="Did you mean 'default'"):
+        advisory("x", using="defualt", xact=xact).__enter__()
+
+
 class TestTransactionLevel:
+    @pytest.mark.parametrize("shared", [(False, False), (False, True), (True, False)])
+    def test_one_that_would_wait_for_the_session_level_one_around_it_is_refused(self, rival, shared):
+        outer, inner = shared
+        with advisory("mine", shared=outer), pytest.raises(LockMisuse, match="wait for itself"):
+            advisory("mine", shared=inner, xact=True).__enter__()
+        assert rival.could_take("mine")
+
+    def test_one_that_shares_with_the_session_level_one_around_it_is_taken(self, rival):
+        with advisory("mine", shared=True), advisory("mine", shared=True, xact=True) as acquired:
+            assert acquired
+        with advisory("mine"), advisory("another", xact=True) as acquired:
+            assert acquired
+
     def test_it_is_freed_by_the_commit(self, rival):
         with advisory("books", xact=True):
             assert connection.in_atomic_block
