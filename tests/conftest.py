@@ -26,6 +26,11 @@ from celery_pglock.pool import close_leftovers, pool
 
 PATIENCE = 20.0
 
+# Advisory locks of this database: the tests' server may have others.
+ADVISORY_HERE = (
+    "locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+
 
 def pytest_configure() -> None:
     if not settings.CELERY_BROKER_URL.startswith("redis"):
@@ -77,9 +82,8 @@ class Rival:
         lock = identifier if isinstance(identifier, Key) else key(identifier)
         return int(
             self.ask(
-                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted = %s AND objsubid = %s"
-                " AND classid::bigint = %s AND objid::bigint = %s AND database ="
-                " (SELECT oid FROM pg_database WHERE datname = current_database())",
+                f"SELECT count(*) FROM pg_locks WHERE {ADVISORY_HERE} AND granted = %s AND objsubid = %s"
+                " AND classid::bigint = %s AND objid::bigint = %s",
                 granted,
                 lock.objsubid,
                 lock.classid,
@@ -88,12 +92,7 @@ class Rival:
         )
 
     def sees_advisory_locks(self) -> int:
-        return int(
-            self.ask(
-                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database ="
-                " (SELECT oid FROM pg_database WHERE datname = current_database())"
-            )
-        )
+        return int(self.ask(f"SELECT count(*) FROM pg_locks WHERE {ADVISORY_HERE}"))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from celery_pglock import (
 )
 from celery_pglock.testing import held_elsewhere
 from tests.celery_app import app
-from tests.conftest import wait_until
+from tests.conftest import ADVISORY_HERE, wait_until
 from tests.models import Entry
 from tests.worker_tasks import (
     fails,
@@ -251,7 +251,7 @@ class TestEager:
 
         @app.task(shared=False, base=AdvisoryTask, lock_key="k")
         def loses():
-            rival.ask("SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE locktype = 'advisory'")
+            rival.ask(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE {ADVISORY_HERE}")
             return "finished"
 
         assert loses.apply().get() == "finished"

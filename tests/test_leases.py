@@ -15,13 +15,13 @@ from celery_pglock import LockLost, advisory, polls
 from celery_pglock.claims import LOCK_DELAY
 from celery_pglock.lifelines import BEAT, GIVE_UP
 from celery_pglock.pool import pool
-from tests.conftest import wait_until
+from tests.conftest import ADVISORY_HERE, wait_until
 from tests.faults.proxy import Proxy
 from tests.test_sessions import statements_logged_by_the_server
 
 LEASE = 1.0
 
-QUERY = "SELECT query FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory' AND granted"
+QUERY = f"SELECT query FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE {ADVISORY_HERE} AND granted"
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from celery_pglock import (
 )
 from celery_pglock.keys import key
 from celery_pglock.pool import pool
-from tests.conftest import wait_until
+from tests.conftest import ADVISORY_HERE, wait_until
 
 KEYS = ["text", 7, (1, -2), -5]
 
@@ -49,9 +49,7 @@ def test_a_lock_is_held_inside_the_block_and_free_after_it(rival, identifier):
 
 def test_the_key_of_a_text_is_django_pglocks(rival):
     with advisory("hello"):
-        held = rival.ask(
-            "SELECT (classid::bigint, objid::bigint)::text FROM pg_locks WHERE locktype = 'advisory'"
-        )
+        held = rival.ask(f"SELECT (classid::bigint, objid::bigint)::text FROM pg_locks WHERE {ADVISORY_HERE}")
     assert held == "(245608543,3125670444)"
 
 
@@ -188,7 +186,7 @@ def test_threads_do_not_share_what_they_hold():
 
 def test_nested_locks_live_on_one_session(rival):
     with advisory("outer"), advisory("inner"):
-        assert rival.ask("SELECT count(DISTINCT pid) FROM pg_locks WHERE locktype = 'advisory'") == 1
+        assert rival.ask(f"SELECT count(DISTINCT pid) FROM pg_locks WHERE {ADVISORY_HERE}") == 1
 
 
 def test_a_limit_lets_so_many_in(rival):
@@ -540,7 +538,7 @@ class TestAsking:
 
 class TestLosing:
     def terminate(self, rival):
-        rival.ask("SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE locktype = 'advisory'")
+        rival.ask(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE {ADVISORY_HERE}")
 
     def test_a_lock_that_is_gone_is_told_on_leaving(self, rival):
         with pytest.raises(LockLost, match="'gone'"), advisory("gone"):

@@ -10,7 +10,7 @@ from celery import states
 
 from celery_pglock import LockLost
 from celery_pglock.models import LossCount
-from tests.conftest import running_worker, wait_until
+from tests.conftest import ADVISORY_HERE, running_worker, wait_until
 from tests.losing_tasks import (
     asks_for_another_run_and_fails,
     fails_at_its_end,
@@ -25,7 +25,7 @@ from tests.losing_tasks import (
 )
 from tests.models import Entry
 
-BACKEND = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND pid <> pg_backend_pid()"
+BACKEND = f"SELECT pid FROM pg_locks WHERE {ADVISORY_HERE} AND granted AND pid <> pg_backend_pid()"
 
 SLEEPING = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%%' AND state = 'active'"
 

@@ -17,7 +17,7 @@ from celery_pglock.labels import Owner
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.sessions import LockSession
 from celery_pglock.work_connections import roll_back_what_was_left
-from tests.conftest import LOCK_SESSIONS, Rival, wait_until
+from tests.conftest import ADVISORY_HERE, LOCK_SESSIONS, Rival, wait_until
 
 # How many random interrupts; `INTERRUPTS=3000 make test ARGS='-k random_interrupts'` takes its time.
 INTERRUPTS = int(os.environ.get("INTERRUPTS", "300"))
@@ -55,7 +55,7 @@ class TestPool:
         pids = set()
         for number in range(5):
             with advisory(f"number {number}"):
-                pids.add(rival.ask("SELECT pid FROM pg_locks WHERE locktype = 'advisory'"))
+                pids.add(rival.ask(f"SELECT pid FROM pg_locks WHERE {ADVISORY_HERE}"))
         assert len(pids) == 1
         assert rival.ask(LOCK_SESSIONS) == 1
 
@@ -251,7 +251,7 @@ class TestInterrupts:
 
         def cancel():
             pid = wait_until(
-                lambda: rival.ask("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+                lambda: rival.ask(f"SELECT pid FROM pg_locks WHERE {ADVISORY_HERE} AND NOT granted")
             )
             rival.ask("SELECT pg_cancel_backend(%s)", pid)
 
@@ -407,7 +407,7 @@ def test_labels_name_the_task_to_everybody_who_may_read_them(rival, pglock_setti
         pglock_settings(SHOW_NAMES=shown)
         with advisory("50% */ off"):
             query = rival.ask(
-                "SELECT query FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory'"
+                f"SELECT query FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE {ADVISORY_HERE}"
             )
             assert query.startswith("/*pglock:1 task= id= worker= key=1:")
             assert ("50%25%20%2A%2F%20off" in query) is shown

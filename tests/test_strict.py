@@ -16,7 +16,7 @@ from celery_pglock.interruptions import Interruption
 from celery_pglock.models import KeyState
 from celery_pglock.pool import pool
 from tests.celery_app import app
-from tests.conftest import wait_until
+from tests.conftest import ADVISORY_HERE, wait_until
 from tests.models import Entry
 from tests.servers import Cluster
 from tests.test_sessions import statements_logged_by_the_server
@@ -224,7 +224,7 @@ class TestHandover:
 
         def end_again():
             wait_until(lambda: rival.sees_held("k"))
-            rival.ask("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+            rival.ask(f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {ADVISORY_HERE}")
 
         ending = threading.Thread(target=end_again)
         ending.start()
@@ -266,7 +266,7 @@ class TestGuards:
             taking = threading.Thread(target=seconds_to_take, args=["k"])
             taking.start()
             wait_until(lambda: rival.sees_held("k"))
-            blocked = "SELECT cardinality(pg_blocking_pids(pid)) FROM pg_locks WHERE locktype = 'advisory'"
+            blocked = f"SELECT cardinality(pg_blocking_pids(pid)) FROM pg_locks WHERE {ADVISORY_HERE}"
             wait_until(lambda: rival.ask(blocked) == 1, "the next holder waits for the transaction")
         taking.join()
 
