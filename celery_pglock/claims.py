@@ -321,7 +321,7 @@ class Claim:
     def _refuse_to_meet_itself(self) -> None:
         """A transaction-level lock is on another session than the session-level ones of the same thread."""
         session = pool().leased.get(self.using)
-        if session is None or not session.is_believed or self.limit > 1:
+        if session is None or self.limit > 1 or not session.is_still_there():
             return
         mine = session.held_among(self.keys, shared=False)
         if mine is None and not self.shared:

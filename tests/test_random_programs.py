@@ -387,6 +387,8 @@ class Run:
             locks.forget_what_was_left()
             lock_sequences.forget_what_was_left()
             self.rival_gives_back()
+            # What was closed is free as soon as the server has read of it.
+            wait_until(lambda: not self.judge.sees_advisory_locks())
         for alias, line in self.oracle.lines.items():
             if self.wrong:
                 connections[alias].close()
@@ -606,8 +608,8 @@ class Run:
         self.release(value)
 
     def release(self, value):
-        """As with RLocks, of equal ones the latest is given back."""
-        places = [place for place, (lock, _) in enumerate(self.by_hand) if lock == value]
+        """As with RLocks, of the same lock the latest is given back."""
+        places = [place for place, (lock, _) in enumerate(self.by_hand) if lock.is_same_lock(value)]
         if not places:
             return
         leaving = self.has_lost(self.by_hand.pop(places[-1])[1])
@@ -629,12 +631,17 @@ class Run:
     def take_in_transaction(self, step):
         line = self.oracle.lines[step.alias]
         take = lambda timeout: self.value(step, timeout).acquire()  # noqa: E731
-        if not connections[step.alias].in_atomic_block:
+        if not connections[step.alias].in_atomic_block or self.meets_itself(step):
             with pytest.raises(LockMisuse):
                 take(step.timeout)
         else:
             self.take_on_line(step, step.keys, line, take)
             self.run(step.body)
+
+    def meets_itself(self, step):
+        session = self.oracle.sessions[step.alias]
+        holds = () if session.ended else session.holds
+        return any(hold.keeps_out(step, key, step.shared) for hold in holds for key in step.keys)
 
     @do.register
     def _(self, step: LockTable):
@@ -674,6 +681,11 @@ class Run:
             with pytest.raises(LockMisuse):
                 self.value(step, step.timeout).__enter__()
             self.ensure(before == states(), "Django's connections were touched")
+            return
+        if self.meets_itself(step):
+            value = self.value(step, step.timeout)
+            with pytest.raises(LockMisuse, match="wait for itself"):
+                value(states)() if step.way == "call" else value.__enter__()
             return
         free = self.oracle.is_free_for(line, step.keys, step.shared)
         timeout = step.timeout if free else self.bounded(step.timeout, line.in_force)
