@@ -1,5 +1,6 @@
 # make example   starts servers and workers, sends real work, and shows live what happens
-# make test      runs all tests; PG=16 chooses another embedded PostgreSQL, ARGS go to pytest
+# make test      runs all tests, SIDE_BY_SIDE=2 of them at a time; PG=16 chooses another embedded PostgreSQL, ARGS
+#                go to pytest
 # make check     everything that a change must pass
 # make soak      kills, stops and cuts off workers and servers for MINUTES, and checks what came of it; MODE is
 #                strict, default or naive, and the same SEED brings the same faults
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 PG ?= 18
 ARGS ?=
+SIDE_BY_SIDE ?= 2
 SECONDS ?= 20
 MINUTES ?= 30
 MODE ?= strict
@@ -46,7 +48,7 @@ example: $(VENV)/.example
 	@$(WITH_SERVERS) $(BIN)/python -m example_project.run --seconds $(SECONDS)
 
 test: $(VENV)/.dev
-	$(WITH_SERVERS) $(BIN)/python -m pytest --cov $(ARGS)
+	$(WITH_SERVERS) $(BIN)/python -m pytest --cov --numprocesses $(SIDE_BY_SIDE) --dist loadfile $(ARGS)
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.faults.soak --postgresql $(PG) --minutes $(MINUTES) --mode $(MODE) $(if $(SEED),--seed $(SEED))

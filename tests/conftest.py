@@ -35,6 +35,11 @@ ADVISORY_HERE = (
 def pytest_configure() -> None:
     if not settings.CELERY_BROKER_URL.startswith("redis"):
         pytest.exit("The tests need a Redis: name one in CELERY_BROKER_URL, or install redis-server.", 4)
+    if settings.ROOM:
+        with redis.from_url(os.environ["CELERY_BROKER_URL"]) as client:
+            client.execute_command(
+                "ACL", "SETUSER", settings.ROOM, "reset", "on", f">{settings.ROOM}", "~*", "&*", "+@all"
+            )
 
 
 LOCK_SESSIONS = (
@@ -198,16 +203,17 @@ def pglock_settings() -> Iterator[Callable[..., Any]]:
 @pytest.fixture
 def broker() -> Iterator[Any]:
     """The tests' Redis, which can be told to answer NOPERM to LPUSH, by which a message is sent."""
+    user = settings.ROOM or "default"
     with redis.from_url(settings.CELERY_BROKER_URL) as client:
 
         @contextmanager
         def refuses_messages() -> Iterator[None]:
-            client.execute_command("ACL", "SETUSER", "default", "-lpush")
+            client.execute_command("ACL", "SETUSER", user, "-lpush")
             try:
                 yield
             finally:
-                client.execute_command("ACL", "SETUSER", "default", "+lpush")
+                client.execute_command("ACL", "SETUSER", user, "+lpush")
 
         client.refuses_messages = refuses_messages
         yield client
-        client.execute_command("ACL", "SETUSER", "default", "+lpush")
+        client.execute_command("ACL", "SETUSER", user, "+lpush")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from urllib.parse import urlsplit, urlunsplit
 
 import dj_database_url
 
@@ -23,6 +24,13 @@ DATABASES = {
 }
 
 CELERY_BROKER_URL = os.environ.get("CELERY_BROKER_URL", "redis://127.0.0.1:6379/0")
+# Tests that run side by side have a database of Redis each, and a user whose rights a test may take away.
+if ROOM := os.environ.get("PYTEST_XDIST_WORKER", ""):
+    _broker = urlsplit(CELERY_BROKER_URL)
+    _number = int(ROOM.removeprefix("gw")) + 1
+    CELERY_BROKER_URL = urlunsplit(
+        _broker._replace(netloc=f"{ROOM}:{ROOM}@{_broker.hostname}:{_broker.port or 6379}", path=f"/{_number}")
+    )
 CELERY_BROKER_TRANSPORT_OPTIONS = {"visibility_timeout": int(os.environ.get("VISIBILITY_TIMEOUT", "3600"))}
 CELERY_RESULT_BACKEND = CELERY_BROKER_URL
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True

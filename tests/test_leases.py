@@ -164,7 +164,10 @@ class TestWatching:
     def test_an_idle_session_is_not_heard(self, rival):
         with advisory("k"):
             pass
-        last = "SELECT max(query_start) FROM pg_stat_activity WHERE application_name = 'pglock'"
+        last = (
+            "SELECT max(query_start) FROM pg_stat_activity WHERE application_name = 'pglock'"
+            " AND datname = current_database()"
+        )
         before = rival.ask(last)
         time.sleep(LEASE / 3)
         assert rival.ask(last) == before

@@ -100,6 +100,7 @@ class TestPool:
             pass
         rival.ask(
             "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'pglock'"
+            " AND datname = current_database()"
         )
         with advisory("x") as acquired:
             assert acquired
