@@ -33,10 +33,10 @@ ADVISORY_HERE = (
 
 
 def pytest_configure() -> None:
-    if not settings.CELERY_BROKER_URL.startswith("redis"):
+    if not settings.BROKER.startswith("redis"):
         pytest.exit("The tests need a Redis: name one in CELERY_BROKER_URL, or install redis-server.", 4)
     if settings.ROOM:
-        with redis.from_url(os.environ["CELERY_BROKER_URL"]) as client:
+        with redis.from_url(settings.BROKER) as client:
             client.execute_command(
                 "ACL", "SETUSER", settings.ROOM, "reset", "on", f">{settings.ROOM}", "~*", "&*", "+@all"
             )

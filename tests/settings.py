@@ -23,14 +23,18 @@ DATABASES = {
     "sqlite": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
 }
 
-CELERY_BROKER_URL = os.environ.get("CELERY_BROKER_URL", "redis://127.0.0.1:6379/0")
 # Tests that run side by side have a database of Redis each, and a user whose rights a test may take away.
+# Celery prefers the variable to the setting, also in the workers that they start.
+BROKER = os.environ.setdefault(
+    "BROKER_OF_ALL_TESTS", os.environ.get("CELERY_BROKER_URL", "redis://127.0.0.1:6379/0")
+)
+CELERY_BROKER_URL = BROKER
 if ROOM := os.environ.get("PYTEST_XDIST_WORKER", ""):
-    _broker = urlsplit(CELERY_BROKER_URL)
+    _broker = urlsplit(BROKER)
+    _netloc = f"{ROOM}:{ROOM}@{_broker.hostname}:{_broker.port or 6379}"
     _number = int(ROOM.removeprefix("gw")) + 1
-    CELERY_BROKER_URL = urlunsplit(
-        _broker._replace(netloc=f"{ROOM}:{ROOM}@{_broker.hostname}:{_broker.port or 6379}", path=f"/{_number}")
-    )
+    CELERY_BROKER_URL = urlunsplit(_broker._replace(netloc=_netloc, path=f"/{_number}"))
+    os.environ["CELERY_BROKER_URL"] = CELERY_BROKER_URL
 CELERY_BROKER_TRANSPORT_OPTIONS = {"visibility_timeout": int(os.environ.get("VISIBILITY_TIMEOUT", "3600"))}
 CELERY_RESULT_BACKEND = CELERY_BROKER_URL
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True

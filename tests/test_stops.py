@@ -17,7 +17,8 @@ from tests.conftest import wait_until
 pytestmark = pytest.mark.django_db(transaction=True)
 
 # Roles belong to the whole cluster, in which other tests may run.
-PREFIX = f"pglock_{os.getpid()}"
+# Roles are the whole server's; all who collect these tests must call them the same.
+PREFIX = f"pglock_{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
 APP, OTHER, SIGNALS, READS_TOO = (f"{PREFIX}_{name}" for name in ("app", "other", "signals", "reads"))
 VIEWS = "celery_pglock_pgactivity, celery_pglock_pglock, celery_pglock_blockedpglock"
 

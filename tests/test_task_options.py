@@ -369,7 +369,7 @@ MISUSES = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), MISUSES, ids=[str(options) for options, _ in MISUSES])
+@pytest.mark.parametrize(("options", "message"), MISUSES, ids=[", ".join(options) for options, _ in MISUSES])
 def test_what_cannot_work_is_refused_when_the_task_is_bound(app, options, message):
     @app.task(base=AdvisoryTask, **options)
     def task(account, a=1):
