@@ -127,8 +127,8 @@ class prioritize(Block[None]):  # noqa: N801 - django-pglock's name, used like a
     def fresh(self) -> Iterator[None]:
         lookout = _Lookout(self)
         bounded = nullcontext() if self.timeout is UNSET else lock_timeout(self.timeout, using=self.using)
-        lookout.begin()
         try:
+            lookout.begin()
             with bounded:
                 yield
         finally:
@@ -174,6 +174,8 @@ class _Lookout:
 
     def end(self) -> None:
         self._is_over.set()
+        if self._thread.ident is None:
+            return
         self._thread.join(LAST_LOOK)
         if self._thread.is_alive():
             logger.warning(
