@@ -184,6 +184,7 @@ class _Lookout:
 
     def _look_again_and_again(self) -> None:
         try:
+            _leave_the_pool(self._order.using)
             while not self._is_over.wait(self._order.interval):
                 self._look()
                 if not self._order.periodic:
@@ -228,6 +229,14 @@ class _Lookout:
                 self._not_permitted.add(stop.pid)
             else:
                 logger.info("prioritize() cleared the way: %s", stop)
+
+
+def _leave_the_pool(alias: str) -> None:
+    """Let this thread connect by itself: those who wait may have all connections of Django's pool."""
+    connection = connections[alias]
+    # The settings themselves are shared with all threads.
+    options = {name: value for name, value in connection.settings_dict["OPTIONS"].items() if name != "pool"}
+    connection.settings_dict = {**connection.settings_dict, "OPTIONS": options}
 
 
 def _blocked_locks(order: prioritize) -> Any:

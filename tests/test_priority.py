@@ -212,6 +212,23 @@ class Broken(PrioritizeSideEffect):
         raise ZeroDivisionError("in the side effect")
 
 
+def test_code_that_has_the_last_connection_of_its_pool_gets_through(rival, monkeypatch):
+    connection.close()
+    options = {**connection.settings_dict["OPTIONS"], "pool": {"min_size": 1, "max_size": 1}}
+    # The database is flushed before other patches are undone.
+    with monkeypatch.context() as patch:
+        patch.setitem(connection.settings_dict, "OPTIONS", options)
+        patch.setitem(connection.settings_dict, "CONN_MAX_AGE", 0)
+        try:
+            holds_the_table(rival)
+            with prioritize(interval=SOON, timeout=5):
+                assert Entry.objects.count() == 0
+            assert connection.pool is not None
+        finally:
+            connection.close()
+            connection.close_pool()
+
+
 def test_an_error_of_the_side_effect_is_raised_when_the_code_is_done(rival, caplog):
     holds_the_table(rival)
     done = []
