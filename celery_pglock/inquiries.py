@@ -172,7 +172,7 @@ def _holder_in_json(holder: Holder) -> dict[str, Any]:
 
 
 def _all_waits(alias: str) -> list[Any]:
-    found = BlockedPGLock.objects.using(alias).select_related("activity", "blocking_activity")
+    found = BlockedPGLock.objects.using(alias).prefetch_related("activity", "blocking_activity")
     return list(found.exclude(activity_id=OwnPid()).exclude(blocking_activity_id=OwnPid()))
 
 

@@ -127,8 +127,8 @@ class prioritize(Block[None]):  # noqa: N801 - django-pglock's name, used like a
     def fresh(self) -> Iterator[None]:
         lookout = _Lookout(self)
         bounded = nullcontext() if self.timeout is UNSET else lock_timeout(self.timeout, using=self.using)
-        lookout.begin()
         try:
+            lookout.begin()
             with bounded:
                 yield
         finally:
@@ -174,6 +174,8 @@ class _Lookout:
 
     def end(self) -> None:
         self._is_over.set()
+        if self._thread.ident is None:
+            return
         self._thread.join(LAST_LOOK)
         if self._thread.is_alive():
             logger.warning(
@@ -182,6 +184,7 @@ class _Lookout:
 
     def _look_again_and_again(self) -> None:
         try:
+            _leave_the_pool(self._order.using)
             while not self._is_over.wait(self._order.interval):
                 self._look()
                 if not self._order.periodic:
@@ -226,6 +229,14 @@ class _Lookout:
                 self._not_permitted.add(stop.pid)
             else:
                 logger.info("prioritize() cleared the way: %s", stop)
+
+
+def _leave_the_pool(alias: str) -> None:
+    """Let this thread connect by itself: those who wait may have all connections of Django's pool."""
+    connection = connections[alias]
+    # The settings themselves are shared with all threads.
+    options = {name: value for name, value in connection.settings_dict["OPTIONS"].items() if name != "pool"}
+    connection.settings_dict = {**connection.settings_dict, "OPTIONS": options}
 
 
 def _blocked_locks(order: prioritize) -> Any:

@@ -17,6 +17,9 @@ Pid: TypeAlias = int | None
 PREPARED = "a transaction that was prepared (see pg_prepared_xacts)"
 INDENT = "    "
 
+# In a queue each is behind all before it, and every line would name hundreds.
+MOST_NAMED = 10
+
 
 @dataclass(frozen=True, slots=True)
 class Backend:
@@ -73,9 +76,11 @@ class Tree:
             waits = f", {_waits(tree.wait)}" if tree.wait else ""
             yield INDENT * depth + f"{tree.backend}{waits}"
             if tree.repeated:
-                pids = ", ".join(str(row.activity_id) for row in tree.repeated)
+                named = [str(row.activity_id) for row in tree.repeated[:MOST_NAMED]]
+                if more := len(tree.repeated) - len(named):
+                    named.append(f"{more} more")
                 word = "waits" if len(tree.repeated) == 1 else "wait"
-                left.append((f"{pids} {word} for it, too (shown elsewhere)", depth + 1))
+                left.append((f"{', '.join(named)} {word} for it, too (shown elsewhere)", depth + 1))
             left += [(waiter, depth + 1) for waiter in reversed(tree.waiters)]
 
     def in_json(self) -> dict[str, Any]:

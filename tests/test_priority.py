@@ -1,6 +1,7 @@
 """Code that gets through: what blocks it is stopped, and nothing else."""
 
 import logging
+import signal
 import threading
 from datetime import timedelta
 
@@ -211,6 +212,23 @@ class Broken(PrioritizeSideEffect):
         raise ZeroDivisionError("in the side effect")
 
 
+def test_code_that_has_the_last_connection_of_its_pool_gets_through(rival, monkeypatch):
+    connection.close()
+    options = {**connection.settings_dict["OPTIONS"], "pool": {"min_size": 1, "max_size": 1}}
+    # The database is flushed before other patches are undone.
+    with monkeypatch.context() as patch:
+        patch.setitem(connection.settings_dict, "OPTIONS", options)
+        patch.setitem(connection.settings_dict, "CONN_MAX_AGE", 0)
+        try:
+            holds_the_table(rival)
+            with prioritize(interval=SOON, timeout=5):
+                assert Entry.objects.count() == 0
+            assert connection.pool is not None
+        finally:
+            connection.close()
+            connection.close_pool()
+
+
 def test_an_error_of_the_side_effect_is_raised_when_the_code_is_done(rival, caplog):
     holds_the_table(rival)
     done = []
@@ -281,6 +299,28 @@ def test_afterwards_nobody_looks_any_more(rival):
         )
     assert not looking_threads()
     wait_until(lambda: not rival.ask("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", pid))
+
+
+def test_an_interruption_while_the_looking_begins_leaves_nobody_looking(transactional_db, monkeypatch):
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_):
+        raise Interrupted
+
+    def start_and_signal(thread):
+        start(thread)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start_and_signal)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(Interrupted), prioritize(interval=SOON):
+            pytest.fail("it must not run")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not looking_threads()
 
 
 def test_one_value_is_shared_by_threads_and_nested_in_itself(rival, other_rival):
