@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,8 @@ from celery_pglock.durations import interval
 from celery_pglock.errors import LockMisuse
 
 CONTEXT_OF_DJANGO_PGACTIVITY = "/*pga_context="
+
+INSIDE_OF_WORD = re.compile("([a-z])([A-Z])")
 
 # Whole characters of a percent-encoded text.
 ANYTHING = "(?:[^%]|%..)*"
@@ -27,6 +30,23 @@ class Interval(models.DurationField):  # type: ignore[type-arg]
         if value is None or isinstance(value, timedelta) or hasattr(value, "resolve_expression"):
             return value
         return interval(value, self.name)
+
+
+class Spelled(models.CharField):  # type: ignore[type-arg]
+    """A word of PostgreSQL's in capitals, as ``IDLE_IN_TRANSACTION``; filters take PostgreSQL's spelling."""
+
+    def get_prep_value(self, value: Any) -> Any:
+        value = super().get_prep_value(value)
+        if not isinstance(value, str):
+            return value
+        return INSIDE_OF_WORD.sub(r"\1_\2", value).replace(" ", "_").upper()
+
+
+class Mode(Spelled):
+    """The mode of a lock: ``ACCESS_EXCLUSIVE``, which ``pg_locks`` calls ``AccessExclusiveLock``."""
+
+    def get_prep_value(self, value: Any) -> Any:
+        return super().get_prep_value(value.removesuffix("Lock") if isinstance(value, str) else value)
 
 
 class LabelText(models.TextField):  # type: ignore[type-arg]

@@ -24,6 +24,9 @@ from celery_pglock.wordings import UNREADABLE
 
 INT = re.compile(r"0|-?[1-9][0-9]*")
 PAIR = re.compile(r"\(\s*(0|-?[1-9][0-9]*)\s*,\s*(0|-?[1-9][0-9]*)\s*\)")
+# The locks by which transactions can be waited for: each holds those on itself, and mostly nobody waits.
+OF_EVERY_TRANSACTION = Q(granted=True, type__in=("VIRTUALXID", "TRANSACTIONID"))
+
 IN_QUOTES = re.compile(r"""(["'])(.*)\1""", re.DOTALL)
 
 Rows: TypeAlias = Any
@@ -110,6 +113,8 @@ def listing(chosen: Chosen) -> Listing:
         )
         .values(*chosen.attributes, "rows_in_all", "is_unreadable")
     )
+    if not (chosen.blocking or chosen.pids or chosen.on or chosen.filters):
+        found = found.exclude(OF_EVERY_TRANSACTION)
     with looking(str(chosen.database)):
         shown = list(found if chosen.limit is None else found[: chosen.limit])
     return Listing(

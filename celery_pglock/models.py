@@ -10,7 +10,7 @@ from psycopg.errors import UndefinedTable
 
 from celery_pglock import fences
 from celery_pglock.durations import milliseconds
-from celery_pglock.fields import Context, Interval, LabelText
+from celery_pglock.fields import Context, Interval, LabelText, Mode, Spelled
 from celery_pglock.querysets import BlockedPGLockQuerySet, PGActivityQuerySet, PGLockQuerySet
 
 logger = logging.getLogger(__name__)
@@ -129,15 +129,15 @@ class PGActivity(View):
     duration = Interval(null=True)
     query = models.TextField()
     context = Context(null=True)
-    state = models.CharField(max_length=64, null=True)
+    state = Spelled(max_length=64, null=True)
     xact_start = models.DateTimeField(null=True)
     backend_start = models.DateTimeField(null=True)
     state_change = models.DateTimeField(null=True)
-    wait_event_type = models.CharField(max_length=64, null=True)
-    wait_event = models.CharField(max_length=64, null=True)
+    wait_event_type = Spelled(max_length=64, null=True)
+    wait_event = Spelled(max_length=64, null=True)
     backend_xid = models.CharField(max_length=64, null=True)
     backend_xmin = models.CharField(max_length=64, null=True)
-    backend_type = models.CharField(max_length=64, null=True)
+    backend_type = Spelled(max_length=64, null=True)
     application_name = models.CharField(max_length=63, null=True)
     client_addr = models.CharField(max_length=64, null=True)
     client_hostname = models.CharField(max_length=256, null=True)
@@ -158,16 +158,16 @@ class Lock(View):
     """
 
     id = models.TextField(primary_key=True)
-    type = models.CharField(max_length=64)
+    type = Spelled(max_length=64)
     activity = models.ForeignKey(
         PGActivity, on_delete=models.DO_NOTHING, db_constraint=False, null=True, related_name="+"
     )
-    mode = models.CharField(max_length=64)
+    mode = Mode(max_length=64)
     granted = models.BooleanField()
     wait_start = models.DateTimeField(null=True)
     wait_duration = Interval(null=True)
-    rel_kind = models.CharField(max_length=32, null=True)
-    rel_name = models.CharField(max_length=63, null=True)
+    rel_kind = Spelled(max_length=32, null=True)
+    rel_name = models.CharField(max_length=127, null=True)
     relation = models.BigIntegerField(null=True)
     name = LabelText()
     task_name = LabelText()

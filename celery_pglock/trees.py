@@ -221,21 +221,30 @@ class Waits:
         return [trees[root] for root in roots]
 
     def obstacles(self, pid: int) -> tuple[Obstacle, ...]:
-        """What a backend waits for, or the other sessions of its task, up to the roots."""
-        return self._obstacles(pid, set())
+        """What a backend waits for, or the other sessions of its task, up to the roots.
 
-    def _obstacles(self, pid: Pid, seen: set[Pid]) -> tuple[Obstacle, ...]:
-        team = self._team(pid)
-        if not seen.isdisjoint(team):
-            return ()
-        seen.update(team)
-        rows = [row for one in team for row in self._of_waiter.get(one, ())]
-        return tuple(
-            Obstacle(
-                row, self._backend(row.blocking_activity_id), self._obstacles(row.blocking_activity_id, seen)
+        Everybody who is in the way is there once, as near as can be.
+        """
+        # In a queue of n waiters each is behind all before it.
+        rows_of: dict[Pid, list[Any]] = {}
+        shown = set(self._team(pid))
+        left: deque[Pid] = deque([pid])
+        while left:
+            one = left.popleft()
+            for row in self._waits_of_team(one):
+                if row.blocking_activity_id not in shown:
+                    shown.update(self._team(row.blocking_activity_id))
+                    rows_of.setdefault(one, []).append(row)
+                    left.append(row.blocking_activity_id)
+        found: dict[Pid, tuple[Obstacle, ...]] = {}
+        for one in reversed(rows_of):
+            found[one] = tuple(
+                Obstacle(
+                    row, self._backend(row.blocking_activity_id), found.get(row.blocking_activity_id, ())
+                )
+                for row in rows_of[one]
             )
-            for row in rows
-        )
+        return found.get(pid, ())
 
     def _team(self, pid: Pid) -> Sequence[Pid]:
         return self._sessions[self._task_of[pid]] if pid in self._task_of else [pid]

@@ -169,6 +169,17 @@ def test_the_command_does_not_list_its_own_locks(transactional_db):
     assert all("celery_pglock_pg" not in line for line in pglock("-l", "0").lines)
 
 
+def test_the_locks_that_every_transaction_holds_on_itself_are_listed_when_asked_for(rivals):
+    holder, *_ = rivals
+    holder.connection.execute("BEGIN")
+    holder.connection.execute("LOCK TABLE tests_entry IN SHARE MODE")
+    types = pglock("-a", "type", "-a", "rel_name").lines
+    assert "RELATION | tests_entry" in types
+    assert not any("XID" in line or "TRANSACTIONID" in line for line in types)
+    assert any("VIRTUALXID" in line for line in pglock(str(pid_of(holder)), "-a", "type").lines)
+    assert any("VIRTUALXID" in line for line in pglock("-f", "type=virtualxid", "-a", "type").lines)
+
+
 def test_the_command_does_not_list_its_own_backend_as_one_in_the_way(rivals):
     with transaction.atomic():
         assert advisory(7, xact=True).acquire()
@@ -497,6 +508,23 @@ def test_a_long_queue_takes_a_line_for_each_and_not_for_each_way_to_it():
     lines = list(waits.trees([1])[0].lines())
     assert len(lines) < 2 * 101
     assert max(map(len, lines)) < 120
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_whoever_is_late_in_a_long_queue_is_told_everybody_before_him_once(order):
+    queue = [wait(waiter, blocker) for waiter in range(2, 602) for blocker in range(1, waiter)]
+    lines = [line for one in Waits(queue[::order], {}, {}).obstacles(601) for line in one.lines(1)]
+    assert len(lines) == 2 * 600
+
+
+def test_a_chain_is_followed_to_its_root():
+    lines = [line for one in Waits([wait(3, 2), wait(2, 1)], {}, {}).obstacles(3) for line in one.lines(0)]
+    assert [line.split()[:2] for line in lines] == [
+        ["3", "waits"],
+        ["behind", "2"],
+        ["2", "waits"],
+        ["behind", "1"],
+    ]
 
 
 def test_a_cycle_behind_a_root_and_one_before_another_are_both_found():

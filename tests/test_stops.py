@@ -86,6 +86,16 @@ class TestOutcomes:
         assert waiter.answers() == ""
         assert PGLock.objects.get(type="ADVISORY").activity_id == waiter.pid
 
+    def test_another_transaction_of_the_same_backend_is_not_what_was_chosen(self, session):
+        holder = session()
+        holder.does("BEGIN", "LOCK TABLE tests_entry")
+        chosen = PGLock.objects.on("tests.Entry")
+        row, pid, start = chosen.values_list("pk", "activity_id", "activity__backend_start").get()
+        holder.does("COMMIT", "BEGIN", "LOCK TABLE tests_entry")
+        (stop,) = backends.terminate([Victim(pid, start, (row,))], PGLock._meta.db_table, "default")
+        assert stop.outcome == "gone"
+        holder.does("SELECT 1")
+
     def test_who_runs_nothing_is_idle_and_not_cancelled(self, session):
         holder = session()
         holder.does("BEGIN", "SELECT pg_advisory_lock(7)")

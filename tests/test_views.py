@@ -9,7 +9,7 @@ from django.core.management import call_command
 from django.db import DataError, OperationalError, connection, connections, models, transaction
 from django.test.utils import isolate_apps, override_settings
 
-from celery_pglock import LockMisuse, advisory, advisory_id, labels
+from celery_pglock import ACCESS_EXCLUSIVE, LockMisuse, advisory, advisory_id, labels
 from celery_pglock.keys import key
 from celery_pglock.labels import Holding, Owner
 from celery_pglock.looks import looking
@@ -334,6 +334,24 @@ class TestFilters:
         assert set(names.on(Entry, "celery_pglock.SkipCount")) == {TABLE, "celery_pglock_skipcount"}
         assert not names.on("tests.Entry").on(SkipCount)
 
+    @pytest.mark.parametrize(
+        "spelt",
+        [
+            {"mode": "AccessExclusiveLock"},
+            {"mode": ACCESS_EXCLUSIVE},
+            {"mode": "access_exclusive"},
+            {"type": "relation"},
+            {"type__in": ["tuple", "Relation"]},
+            {"rel_kind": "table"},
+            {"activity__state": "idle in transaction"},
+            {"activity__wait_event": "ClientRead"},
+            {"activity__backend_type": "client backend"},
+        ],
+    )
+    def test_words_are_found_as_postgresql_spells_them(self, session, spelt):
+        session().does("BEGIN", f"LOCK TABLE {TABLE}")
+        assert PGLock.objects.on(Entry).filter(**spelt).count() == 1
+
     @isolate_apps("tests")
     @pytest.mark.parametrize("table", ['other"."tests_entry', 'other"."o\'d %s d', 'oDd %(x)s"."a.b'])
     def test_a_table_is_meant_in_its_own_schema(self, session, table):
@@ -349,7 +367,7 @@ class TestFilters:
         try:
             holder = session()
             holder.does(f'CREATE TABLE "{table}" ()', "BEGIN", f'LOCK TABLE "{table}"')
-            assert PGLock.objects.on(Odd).get().rel_name == name
+            assert PGLock.objects.on(Odd).get().rel_name == f"{schema}.{name}"
             assert not PGLock.objects.on(Entry).exists()
             holder.does("ROLLBACK", "BEGIN", f"LOCK TABLE {TABLE}")
             assert not PGLock.objects.on(Odd).exists()

@@ -32,16 +32,25 @@ WHERE datname = current_database()
 """
 
 # A label is believed where it names the very lock of the row. A backend that waits for a row waits for the
-# transaction that changed it, and holds the lock of the row itself meanwhile: that tells the table. Of what a
-# backend has read in several serializable transactions, only the transaction tells one lock from another.
+# transaction that changed it, and holds the lock of the row itself meanwhile: that tells the table. A lock
+# that is not advisory is of one transaction: a later one's, of the same backend, is not what was chosen.
 LOCKS = r"""
 CREATE VIEW celery_pglock_pglock AS
 WITH locks AS MATERIALIZED (
     SELECT locktype, database, relation, page, tuple, virtualxid, transactionid, classid, objid, objsubid,
            virtualtransaction, pid, mode, granted, waitstart
     FROM pg_locks
+), labels AS MATERIALIZED (
+    SELECT pid, application_name,
+        -- Each word of it with a blank behind; the last is left out if the server has cut the query there.
+        regexp_replace(substring(query FROM '^/\*(pglock:1 [^*]*\*?)'), '(?:\*| [^ *]*)$', ' ') AS label
+    FROM pg_stat_activity WHERE datname = current_database()
 ), backends AS MATERIALIZED (
-    SELECT pid, query, (
+    SELECT pid, label,
+        substring(label FROM ' task=([^ ]*) ') AS labelled_task,
+        substring(label FROM ' id=([^ ]*) ') AS labelled_id,
+        substring(label FROM ' worker=([^ ]*) ') AS labelled_worker,
+    (
         SELECT string_agg(
             CASE WHEN c ~ '[A-Za-z0-9_.~-]' THEN c ELSE '%' || upper(encode(convert_to(c, 'UTF8'), 'hex')) END,
             '' ORDER BY position
@@ -49,16 +58,16 @@ WITH locks AS MATERIALIZED (
         FROM regexp_split_to_table(substring(application_name FROM '^(?:pglock|celery):(.*)$'), '')
              WITH ORDINALITY AS characters (c, position)
     ) AS task_id
-    FROM pg_stat_activity WHERE datname = current_database()
+    FROM labels
 ), this_database AS MATERIALIZED (
     SELECT oid FROM pg_database WHERE datname = current_database()
 )
 SELECT
     concat_ws(
         ':', l.locktype, l.database, l.relation, l.page, l.tuple, l.virtualxid, l.transactionid, l.classid,
-        l.objid, l.objsubid, l.pid, CASE WHEN l.pid IS NULL OR l.mode = 'SIReadLock' THEN l.virtualtransaction END,
-        l.mode,
-        CASE WHEN NOT l.granted THEN 'waiting' END
+        l.objid, l.objsubid, l.pid,
+        CASE WHEN l.pid IS NULL OR l.locktype <> 'advisory' THEN l.virtualtransaction END,
+        l.mode, CASE WHEN NOT l.granted THEN 'waiting' END
     ) AS id,
     upper(l.locktype) AS type,
     l.pid AS activity_id,
@@ -79,19 +88,12 @@ SELECT
         WHEN 'I' THEN 'PARTITIONED_INDEX'
         ELSE c.relkind::text
     END AS rel_kind,
-    c.relname::text AS rel_name,
+    CASE WHEN NOT pg_table_is_visible(c.oid) THEN n.nspname || '.' ELSE '' END || c.relname AS rel_name,
     coalesce(l.relation, of_row.relation)::bigint AS relation,
-    coalesce(label.name, '') AS name,
-    coalesce(CASE WHEN label.name IS NOT NULL
-        THEN substring(b.query FROM '^/\*pglock:1 task=([^ *]*) ') END, '') AS task_name,
-    coalesce(
-        nullif(CASE WHEN label.name IS NOT NULL
-            THEN substring(b.query FROM '^/\*pglock:1 [^*]*\mid=([^ *]*) ') END, ''),
-        b.task_id,
-        ''
-    ) AS task_id,
-    coalesce(CASE WHEN label.name IS NOT NULL
-        THEN substring(b.query FROM '^/\*pglock:1 [^*]*\mworker=([^ *]*) ') END, '') AS worker,
+    coalesce(its.name, '') AS name,
+    coalesce(CASE WHEN its.name IS NOT NULL THEN b.labelled_task END, '') AS task_name,
+    coalesce(nullif(CASE WHEN its.name IS NOT NULL THEN b.labelled_id END, ''), b.task_id, '') AS task_id,
+    coalesce(CASE WHEN its.name IS NOT NULL THEN b.labelled_worker END, '') AS worker,
     l.classid::bigint AS classid,
     l.objid::bigint AS objid,
     l.objsubid
@@ -105,13 +107,17 @@ LEFT JOIN LATERAL (
     LIMIT 1
 ) AS of_row ON true
 LEFT JOIN pg_class AS c ON c.oid = coalesce(l.relation, of_row.relation)
+LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
+-- The key as a label has it, followed by since when, and by its name.
 LEFT JOIN LATERAL (
-    SELECT substring(b.query FROM concat(
-        '^/\*pglock:1 [^*]* key=', l.objsubid, ':', l.classid::bigint, ':', l.objid::bigint,
-        ':[0-9.]*:([^ *]*)[ *]'
-    )) AS name
+    SELECT concat(' key=', l.objsubid, ':', l.classid::bigint, ':', l.objid::bigint, ':') AS start
     WHERE l.locktype = 'advisory'
-) AS label ON true
+) AS key ON true
+LEFT JOIN LATERAL (
+    SELECT split_part(substr(b.label, strpos(b.label, key.start) + length(key.start)), ' ', 1) AS rest
+    WHERE strpos(b.label, key.start) > 0
+) AS told ON true
+LEFT JOIN LATERAL (SELECT substring(told.rest FROM '^[0-9.]*:([^:]*)$') AS name) AS its ON true
 WHERE l.database = d.oid OR (coalesce(l.database, 0) = 0 AND b.pid IS NOT NULL)
 """
 
@@ -151,13 +157,13 @@ def drop_views(apps: Any, schema_editor: Any) -> None:
 def lock_fields() -> list[tuple[str, Any]]:
     return [
         ("id", models.TextField(primary_key=True, serialize=False)),
-        ("type", models.CharField(max_length=64)),
-        ("mode", models.CharField(max_length=64)),
+        ("type", celery_pglock.fields.Spelled(max_length=64)),
+        ("mode", celery_pglock.fields.Mode(max_length=64)),
         ("granted", models.BooleanField()),
         ("wait_start", models.DateTimeField(null=True)),
         ("wait_duration", celery_pglock.fields.Interval(null=True)),
-        ("rel_kind", models.CharField(max_length=32, null=True)),
-        ("rel_name", models.CharField(max_length=63, null=True)),
+        ("rel_kind", celery_pglock.fields.Spelled(max_length=32, null=True)),
+        ("rel_name", models.CharField(max_length=127, null=True)),
         ("relation", models.BigIntegerField(null=True)),
         ("name", celery_pglock.fields.LabelText()),
         ("task_name", celery_pglock.fields.LabelText()),
@@ -192,15 +198,15 @@ class Migration(migrations.Migration):
                 ("duration", celery_pglock.fields.Interval(null=True)),
                 ("query", models.TextField()),
                 ("context", celery_pglock.fields.Context(null=True)),
-                ("state", models.CharField(max_length=64, null=True)),
+                ("state", celery_pglock.fields.Spelled(max_length=64, null=True)),
                 ("xact_start", models.DateTimeField(null=True)),
                 ("backend_start", models.DateTimeField(null=True)),
                 ("state_change", models.DateTimeField(null=True)),
-                ("wait_event_type", models.CharField(max_length=64, null=True)),
-                ("wait_event", models.CharField(max_length=64, null=True)),
+                ("wait_event_type", celery_pglock.fields.Spelled(max_length=64, null=True)),
+                ("wait_event", celery_pglock.fields.Spelled(max_length=64, null=True)),
                 ("backend_xid", models.CharField(max_length=64, null=True)),
                 ("backend_xmin", models.CharField(max_length=64, null=True)),
-                ("backend_type", models.CharField(max_length=64, null=True)),
+                ("backend_type", celery_pglock.fields.Spelled(max_length=64, null=True)),
                 ("application_name", models.CharField(max_length=63, null=True)),
                 ("client_addr", models.CharField(max_length=64, null=True)),
                 ("client_hostname", models.CharField(max_length=256, null=True)),
