@@ -33,6 +33,9 @@ ADVISORY_HERE = (
 
 
 def pytest_configure() -> None:
+    # In the background of a shell Ctrl-C is ignored, and would be by the processes that tests start and stop.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not settings.BROKER.startswith("redis"):
         pytest.exit("The tests need a Redis: name one in CELERY_BROKER_URL, or install redis-server.", 4)
     if settings.ROOM:

@@ -501,7 +501,7 @@ class TestAsking:
             explanation = in_another_thread(advisory("asked").explain)
             (holder,) = explanation.holders
             assert not explanation.would_run
-            assert holder.pid == rival.ask("SELECT pid FROM pg_locks WHERE locktype = 'advisory'")
+            assert holder.pid == rival.ask(f"SELECT pid FROM pg_locks WHERE {ADVISORY_HERE}")
             assert abs(holder.since.timestamp() - time.time()) < 5
             assert "held by a session that is no task" in str(explanation)
         assert not advisory("asked").is_held()
