@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from django.db import ProgrammingError, connections
+from django.db import DatabaseError, ProgrammingError, connections
 from psycopg.errors import InsufficientPrivilege
 
+from celery_pglock import signals
+from celery_pglock.audits import Audit, audit
 from celery_pglock.looks import looking
+
+logger = logging.getLogger(__name__)
 
 # How long a terminated backend may take to end before it is told that it still does, in milliseconds.
 PATIENCE = 1000
@@ -74,19 +79,40 @@ class Stop:
 
 def cancel(victims: Iterable[Victim], view: str, using: str) -> tuple[Stop, ...]:
     """Cancel the statement that each runs now."""
-    return _stop(victims, view, using, CANCEL, {True: CANCELLED, None: IDLE})
+    return _stop(victims, view, using, "cancel", CANCEL, {True: CANCELLED, None: IDLE})
 
 
 def terminate(victims: Iterable[Victim], view: str, using: str) -> tuple[Stop, ...]:
     """End the session of each; its locks are freed."""
-    return _stop(victims, view, using, TERMINATE, {True: TERMINATED, False: STILL_ENDING})
+    return _stop(victims, view, using, "terminate", TERMINATE, {True: TERMINATED, False: STILL_ENDING})
 
 
 def _stop(
-    victims: Iterable[Victim], view: str, using: str, act: str, outcomes: Mapping[bool | None, str]
+    victims: Iterable[Victim],
+    view: str,
+    using: str,
+    action: str,
+    act: str,
+    outcomes: Mapping[bool | None, str],
 ) -> tuple[Stop, ...]:
     sql = STOP.format(act=act, view=connections[using].ops.quote_name(view))
-    return tuple(Stop(victim.pid, _outcome(victim, sql, using, outcomes)) for victim in victims)
+    stops = []
+    with audit(using) as entries:
+        for victim in victims:
+            number = entries.begin(action, victim.pid, victim.backend_start, ", ".join(map(str, victim.rows)))
+            stop = Stop(victim.pid, _outcome(victim, sql, using, outcomes))
+            _write_down(entries, number, stop)
+            signals.backend_stopped.send_robust(sender=None, stop=stop, action=action, using=using)
+            stops.append(stop)
+    return tuple(stops)
+
+
+def _write_down(entries: Audit, number: int, stop: Stop) -> None:
+    try:
+        entries.end(number, stop.outcome)
+    except DatabaseError as error:
+        # It is done: the others have their turn nonetheless.
+        logger.warning("The outcome of act %s could not be written down: %s (%s)", number, stop, error)
 
 
 def _outcome(victim: Victim, sql: str, using: str, outcomes: Mapping[bool | None, str]) -> str:

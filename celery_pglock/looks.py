@@ -1,9 +1,10 @@
-"""Looks at a server that wait for nothing."""
+"""Connections on which nothing that is asked of a server waits for long."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from django.db import ProgrammingError, connections, transaction
 from psycopg.errors import UndefinedTable
@@ -21,6 +22,7 @@ SELECT current_setting('lock_timeout'), current_setting('statement_timeout'),
        set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true),
        pg_stat_clear_snapshot()
 """
+BOUND_FOR_GOOD = "SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false)"
 RESTORE = "SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)"
 
 
@@ -33,22 +35,53 @@ def looking(alias: str) -> Iterator[None]:
     check_vendor(alias)
     connection = connections[alias]
     is_nested = not connection.get_autocommit()
+    with (
+        _naming_what_is_missing(alias),
+        transaction.atomic(using=alias),
+        connection.cursor() as cursor,
+    ):
+        cursor.execute(BOUND, [LOCK_TIMEOUT, STATEMENT_TIMEOUT])
+        *before, _, _, _ = cursor.fetchone()
+        yield
+        if is_nested:
+            cursor.execute(RESTORE, before)
+
+
+@contextmanager
+def _naming_what_is_missing(alias: str) -> Iterator[None]:
     try:
-        with transaction.atomic(using=alias), connection.cursor() as cursor:
-            cursor.execute(BOUND, [LOCK_TIMEOUT, STATEMENT_TIMEOUT])
-            *before, _, _, _ = cursor.fetchone()
-            yield
-            if is_nested:
-                cursor.execute(RESTORE, before)
+        yield
     except ProgrammingError as error:
         if isinstance(error.__cause__, UndefinedTable):
             raise no_views(alias) from error
         raise
 
 
+def leave_the_pool(connection: Any) -> None:
+    """Let it connect by itself: those who wait may have all connections of Django's pool."""
+    # The settings themselves are shared with all threads.
+    options = {name: value for name, value in connection.settings_dict["OPTIONS"].items() if name != "pool"}
+    connection.settings_dict = {**connection.settings_dict, "OPTIONS": options}
+
+
+@contextmanager
+def apart(alias: str) -> Iterator[Any]:
+    """A connection apart from all others, in no transaction, on which nothing waits for long either."""
+    check_vendor(alias)
+    connection = connections[alias].copy()
+    leave_the_pool(connection)
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(BOUND_FOR_GOOD, [LOCK_TIMEOUT, STATEMENT_TIMEOUT])
+        with _naming_what_is_missing(alias):
+            yield connection
+    finally:
+        connection.close()
+
+
 def no_views(alias: str) -> LockMisuse:
     """The error that tells how to get the views."""
     return LockMisuse(
-        f"The database of alias {alias!r} has no views of its locks yet: with 'celery_pglock' in "
+        f"The database of alias {alias!r} lacks views or tables of ours: with 'celery_pglock' in "
         f"INSTALLED_APPS run manage.py migrate celery_pglock --database={alias}."
     )

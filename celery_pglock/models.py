@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from django.db import ProgrammingError, connections, models, router, transaction
 from psycopg.errors import UndefinedTable
 
-from celery_pglock import fences
+from celery_pglock import audits, fences
 from celery_pglock.durations import milliseconds
 from celery_pglock.fields import Context, Interval, LabelText, Mode, Spelled
 from celery_pglock.querysets import BlockedPGLockQuerySet, PGActivityQuerySet, PGLockQuerySet
@@ -97,6 +97,49 @@ class KeyState(models.Model):
 
     def __str__(self) -> str:
         return f"key {self.pk}: token ({self.timeline}, {self.number}) of task {self.task_id}"
+
+
+class Act(models.Model):
+    """A backend that was to be stopped: written before it is, and never changed.
+
+    ``through`` is the door: the command, ``prioritize`` or other code; ``by`` is who stands there. Of the
+    backend's query only the MD5 is kept. ``reason`` names the locks for which it was chosen.
+    """
+
+    at = models.DateTimeField()
+    through = models.CharField(max_length=audits.LONGEST_TEXT)
+    by = models.CharField(max_length=audits.LONGEST_TEXT)
+    action = models.CharField(max_length=20)
+    pid = models.IntegerField()
+    backend_start = models.DateTimeField(null=True)
+    role = models.CharField(max_length=63, null=True)
+    application_name = models.CharField(max_length=63, null=True)
+    client_addr = models.CharField(max_length=64, null=True)
+    query_hash = models.CharField(max_length=32, null=True)
+    reason = models.CharField(max_length=audits.LONGEST_TEXT)
+
+    class Meta:
+        db_table = audits.TABLE
+
+    def __str__(self) -> str:
+        return f"{self.action} backend {self.pid}, {self.at}"
+
+
+class Outcome(models.Model):
+    """What became of a backend that was to be stopped, as ``Stop.outcome`` has it.
+
+    An act without one is of a process that did not live to tell.
+    """
+
+    act = models.OneToOneField(Act, on_delete=models.CASCADE, primary_key=True)
+    at = models.DateTimeField()
+    outcome = models.CharField(max_length=20)
+
+    class Meta:
+        db_table = audits.OUTCOMES
+
+    def __str__(self) -> str:
+        return self.outcome
 
 
 class NothingToDump(models.Manager[Any]):

@@ -15,12 +15,13 @@ from django.core.exceptions import FieldError
 from django.db import OperationalError, connections
 
 from celery_pglock import undisturbed
+from celery_pglock.audits import acting
 from celery_pglock.backends import NOT_PERMITTED, Stop
 from celery_pglock.blocks import Block
 from celery_pglock.config import check_alias, current
 from celery_pglock.durations import UNSET, Duration, MaybeDuration, MaybeSeconds, seconds
 from celery_pglock.errors import LockMisuse
-from celery_pglock.looks import looking, no_views
+from celery_pglock.looks import leave_the_pool, looking, no_views
 from celery_pglock.pool import pool
 from celery_pglock.raw_connections import check_vendor
 from celery_pglock.timeouts import timeout as lock_timeout
@@ -184,7 +185,7 @@ class _Lookout:
 
     def _look_again_and_again(self) -> None:
         try:
-            _leave_the_pool(self._order.using)
+            leave_the_pool(connections[self._order.using])
             while not self._is_over.wait(self._order.interval):
                 self._look()
                 if not self._order.periodic:
@@ -201,7 +202,8 @@ class _Lookout:
         try:
             with looking(self._order.using):
                 if in_the_way.exists() and not self._is_over.is_set():
-                    self._tell(self._order.side_effect.worker(in_the_way))
+                    with acting("prioritize"):
+                        self._tell(self._order.side_effect.worker(in_the_way))
         except OperationalError as error:
             logger.warning("prioritize() could not look this time: %s", str(error).strip())
 
@@ -229,14 +231,6 @@ class _Lookout:
                 self._not_permitted.add(stop.pid)
             else:
                 logger.info("prioritize() cleared the way: %s", stop)
-
-
-def _leave_the_pool(alias: str) -> None:
-    """Let this thread connect by itself: those who wait may have all connections of Django's pool."""
-    connection = connections[alias]
-    # The settings themselves are shared with all threads.
-    options = {name: value for name, value in connection.settings_dict["OPTIONS"].items() if name != "pool"}
-    connection.settings_dict = {**connection.settings_dict, "OPTIONS": options}
 
 
 def _blocked_locks(order: prioritize) -> Any:

@@ -1,7 +1,7 @@
-"""The signals that tell what became of a task's lock.
+"""The signals that tell what became of a lock, or of a backend.
 
-They are Django signals, sent robustly: a receiver that fails is logged, and the task goes on. ``sender``
-is the task; every one carries ``lock``, the lock's value.
+They are Django signals, sent robustly: a receiver that fails is logged, and the work goes on. Of those about
+locks ``sender`` is the task, and every one carries ``lock``, the lock's value.
 """
 
 from __future__ import annotations
@@ -22,3 +22,7 @@ lock_released = Signal()
 
 lock_lost = Signal()
 """A lock turned out to be gone before the work was done. Also: ``reason``."""
+
+backend_stopped = Signal()
+"""A backend was to be stopped: ``stop`` tells what became of it, ``action`` what was tried on which alias:
+``using``."""

@@ -346,7 +346,8 @@ def test_a_role_that_may_not_stop_others_is_told_so_once(rival, caplog, monkeypa
     rival.connection.execute("DROP ROLE IF EXISTS pglock_nobody")
     rival.connection.execute("CREATE ROLE pglock_nobody")
     rival.connection.execute("GRANT pg_read_all_stats TO pglock_nobody")
-    rival.connection.execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO pglock_nobody")
+    rival.connection.execute("GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO pglock_nobody")
+    rival.connection.execute("GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO pglock_nobody")
     holds_the_table(rival)
     try:
         connection.close()

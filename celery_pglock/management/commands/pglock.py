@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from django.db import DatabaseError, InterfaceError, connections
 from django.utils import timezone
 
 from celery_pglock import inquiries, orders
+from celery_pglock.audits import acting
 from celery_pglock.backends import EXPLANATIONS, Stop
 from celery_pglock.config import Chosen
 from celery_pglock.errors import LockMisuse
@@ -227,7 +229,8 @@ class Command(BaseCommand):
         if not chosen.yes and not self._is_confirmed(f"{verb} {backends}? [y/N] "):
             self._note("Nothing was done.")
             return NO
-        outcomes = order.carry_out()
+        with acting("command", getpass.getuser()):
+            outcomes = order.carry_out()
         if options["json"]:
             self._show_json([_outcome_in_json(stop) for stop in outcomes], options)
         else:
