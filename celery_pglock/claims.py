@@ -165,9 +165,12 @@ class Claim:
         """An empty hold on this claim's keys."""
         return Hold(self.name, self.shared, self.using)
 
-    def take(self, *, open_transaction: bool = True) -> Hold | Refusal:
-        """Take all the keys for nobody in particular; with the transaction that keeps them, if wanted."""
-        hold = self.hold()
+    def take(self, hold: Hold | None = None, *, open_transaction: bool = True) -> Hold | Refusal:
+        """Take all the keys for nobody in particular; with the transaction that keeps them, if wanted.
+
+        Into this hold, or a new one.
+        """
+        hold = hold or self.hold()
         timeout = self.timeout
         if timeout is UNSET and not self.xact:
             # It waits on another session than the one that timeout() has set.
@@ -175,7 +178,7 @@ class Claim:
         try:
             refusal = self.fill(hold, NOBODY, timeout, open_transaction=open_transaction)
         except BaseException as error:
-            hold.give_back(error)
+            hold.empty(error)
             raise
         return refusal or hold
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import ClassVar, TypeVar
 
 from celery_pglock import holders
-from celery_pglock.claims import Claim, Hold, Refusal
+from celery_pglock.claims import Claim, Hold
 from celery_pglock.durations import UNSET
 from celery_pglock.errors import LockMisuse, LockNotHeld
 from celery_pglock.keys import Identifier, in_order, refuse_too_many
@@ -82,15 +82,20 @@ class LockSequence:
             if _is_lost(hold):
                 # Nothing could be taken on its session, nor on another one while that is the thread's.
                 hold.give_back()
-        if not self._claim.keys:
-            taken: Hold | Refusal = self._claim.hold()
-        elif blocking:
-            taken = self._claim.take()
-        else:
-            taken = replace(self._claim, timeout=0.0).take()
-        if isinstance(taken, Hold):
-            _holds.stack.append((self, taken))
-            return True
+        claim = self._claim if blocking else replace(self._claim, timeout=0.0)
+        hold = claim.hold()
+        entry = (self, hold)
+        try:
+            _holds.stack.append(entry)
+            taken = claim.take(hold) if claim.keys else hold
+            if isinstance(taken, Hold):
+                return True
+        except BaseException as error:
+            # An interruption may come when it has been taken already.
+            _holds.stack[:] = [one for one in _holds.stack if one is not entry]
+            hold.empty(error)
+            raise
+        _holds.stack[:] = [one for one in _holds.stack if one is not entry]
         if blocking:
             raise Conflict(self._claim.name, taken.reason, taken.waited, self._holders).error()
         return False

@@ -121,9 +121,10 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
         return lock
 
     def __enter__(self) -> bool:
-        hold = self._obtained(open_transaction=True)
-        _holds.by_block.append((self, hold))
-        return hold is not None
+        acquired = self._obtained(_holds.by_block, open_transaction=True)
+        if not acquired:
+            _holds.by_block.append((self, None))
+        return acquired
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -138,10 +139,7 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
                 "acquire() of a transaction-level lock needs an open transaction: call it inside of "
                 "transaction.atomic(), or use `with advisory(..., xact=True)`, which opens one."
             )
-        hold = self._obtained(open_transaction=False)
-        if hold and not self.xact:
-            _holds.by_hand.append((self, hold))
-        return hold is not None
+        return self._obtained([] if self.xact else _holds.by_hand, open_transaction=False)
 
     def release(self) -> None:
         """Give back what this thread's latest ``acquire()`` of the same lock took."""
@@ -162,7 +160,12 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
 
         @wraps(function)
         def locked(*args: P.args, **kwargs: P.kwargs) -> R:
-            taken = lock.take()
+            hold = lock.hold()
+            try:
+                taken = lock.take(hold)
+            except BaseException as error:
+                hold.empty(error)
+                raise
             if isinstance(taken, Refusal):
                 instead: R = effect.on_conflict(lock._conflict(taken))
                 return instead
@@ -190,18 +193,29 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
         found = holders.find([slot for slots in slots_by_key for slot in slots], self.using, xact=self.xact)
         return holders.explanation(self.name, slots_by_key, found, shared=self.shared)
 
-    def _obtained(self, *, open_transaction: bool) -> Hold | None:
+    def _obtained(self, stack: list[tuple[advisory, Hold | None]], *, open_transaction: bool) -> bool:
+        """Whether it was taken; its hold is on the stack then."""
         if not self.keys:
             raise LockMisuse("advisory() needs at least one lock id, unless it decorates a function.")
         if isinstance(self.side_effect, Skip):
             raise LockMisuse(
                 "Skip is for the decorator: a `with` block cannot be skipped. Use Return or Raise."
             )
-        taken = self.take(open_transaction=open_transaction)
-        if isinstance(taken, Hold):
-            return taken
+        hold = self.hold()
+        entry = (self, hold)
+        try:
+            stack.append(entry)
+            taken = self.take(hold, open_transaction=open_transaction)
+            if isinstance(taken, Hold):
+                return True
+        except BaseException as error:
+            # An interruption may come when it has been taken already.
+            stack[:] = [one for one in stack if one is not entry]
+            hold.empty(error)
+            raise
+        stack[:] = [one for one in stack if one is not entry]
         (self.side_effect or Return()).on_conflict(self._conflict(taken))
-        return None
+        return False
 
     def _conflict(self, refusal: Refusal) -> Conflict:
         return Conflict(key=self.name, reason=refusal.reason, waited=refusal.waited, look=self.holders)

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import pickle
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -12,6 +13,7 @@ from django.core.exceptions import SynchronousOnlyOperation
 from django.db import DataError, OperationalError, connection, transaction
 
 from celery_pglock import (
+    ExclusiveLock,
     LockLost,
     LockMisuse,
     LockNotAcquired,
@@ -19,10 +21,12 @@ from celery_pglock import (
     Raise,
     Retry,
     Return,
+    ShareLock,
     SideEffect,
     Skip,
     advisory,
 )
+from celery_pglock.claims import Claim
 from celery_pglock.keys import key
 from celery_pglock.pool import pool
 from tests.conftest import ADVISORY_HERE, wait_until
@@ -389,6 +393,40 @@ def test_what_was_acquired_with_a_timeout_is_released_without(rival):
         with pytest.raises(LockNotHeld):
             another.release()
     advisory("x").release()
+
+
+def enters(lock):
+    with lock:
+        raise AssertionError("the body ran")
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda: enters(advisory("x")),
+        lambda: enters(advisory("x", xact=True)),
+        lambda: enters(ExclusiveLock("x")),
+        lambda: advisory("x").acquire(),
+        lambda: ExclusiveLock("x").acquire(),
+        lambda: ShareLock("x").acquire(blocking=False),
+        advisory("x")(lambda: pytest.fail("the body ran")),
+    ],
+)
+def test_an_interruption_at_the_moment_of_taking_leaves_nothing_behind(rival, take):
+    def interrupts(frame, event, _):
+        if event == "return" and frame.f_code is Claim.take.__code__:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(interrupts)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            take()
+    finally:
+        sys.setprofile(None)
+    assert rival.could_take("x")
+    with pytest.raises(LockNotHeld):
+        advisory("x").release()
 
 
 def test_a_decorator_without_parentheses_is_refused():
