@@ -491,7 +491,7 @@ class TestTransactionLevel:
     def test_closing_its_connection_loses_it(self, rival):
         with pytest.raises(LockLost), advisory("books", xact=True):
             connection.close()
-            assert rival.could_take("books")
+            wait_until(lambda: rival.could_take("books"), "the server has read of it")
 
     def test_a_decorator_opens_a_transaction(self, rival):
         @advisory("books", xact=True)
