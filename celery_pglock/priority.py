@@ -16,7 +16,7 @@ from django.db import OperationalError, connections
 
 from celery_pglock import undisturbed
 from celery_pglock.audits import acting
-from celery_pglock.backends import NOT_PERMITTED, Stop
+from celery_pglock.backends import GONE, Stop
 from celery_pglock.blocks import Block
 from celery_pglock.config import check_alias, current
 from celery_pglock.durations import UNSET, Duration, MaybeDuration, MaybeSeconds, seconds
@@ -151,7 +151,7 @@ class _Lookout:
         # The sessions that this thread leases, now and later.
         self._leased = pool().leased
         self._is_over = threading.Event()
-        self._not_permitted: set[int] = set()
+        self._told: set[Stop] = set()
         self._thread = threading.Thread(
             target=self._look_again_and_again, name="pglock-prioritize", daemon=True
         )
@@ -225,12 +225,11 @@ class _Lookout:
         for stop in results if isinstance(results, tuple | list) else ():
             if not isinstance(stop, Stop):
                 continue
-            if stop.outcome == NOT_PERMITTED:
-                if stop.pid not in self._not_permitted:
-                    logger.error("prioritize() is blocked by %s", stop)
-                self._not_permitted.add(stop.pid)
-            else:
+            if stop.is_done:
                 logger.info("prioritize() cleared the way: %s", stop)
+            elif stop.outcome != GONE and stop not in self._told:
+                self._told.add(stop)
+                logger.error("prioritize() is blocked by %s", stop)
 
 
 def _blocked_locks(order: prioritize) -> Any:
