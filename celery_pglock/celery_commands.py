@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import click
 import django
@@ -21,25 +21,6 @@ from celery_pglock.printed_texts import one_line
 inspections.register()
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-NOTHING: Final[dict[str, Any]] = {
-    "pids": (),
-    "database": None,
-    "filters": None,
-    "on": None,
-    "attributes": None,
-    "blocking": False,
-    "limit": None,
-    "expanded": False,
-    "config": None,
-    "tree": False,
-    "why": None,
-    "watch": None,
-    "json": False,
-    "cancel": False,
-    "terminate": False,
-    "yes": False,
-}
 
 WATCH_EVERY = "2"
 
@@ -126,9 +107,8 @@ def _answer(options: dict[str, Any], **allowed: bool) -> None:
     # Its models can be imported only then.
     from celery_pglock.consoles import Console, Refused
 
-    given = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     try:
-        code = Console(sys.stdout, sys.stderr, "celery").answer({**NOTHING, **given}, **allowed)
+        code = Console(sys.stdout, sys.stderr, "celery").answer(options, **allowed)
     except Refused as refused:
         raise CeleryCommandException(str(refused), refused.code) from refused
     # Click would end well what returns.

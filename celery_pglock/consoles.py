@@ -62,6 +62,8 @@ NOT_TOGETHER: Final[Mapping[str, Iterable[str]]] = {
     "json": ("expanded",),
 }
 
+NOT_GIVEN: Final[Mapping[str, Any]] = dict.fromkeys((*NAMES, "database"))
+
 
 class Refused(Exception):
     """What cannot be done, in one line, with the exit code that tells it."""
@@ -80,10 +82,11 @@ class Console:
     door: str
 
     def answer(self, options: Mapping[str, Any], *, may_look: bool = True, may_stop: bool = True) -> int:
-        """Do what these options say, of the names in ``NAMES``, and answer the exit code; raises ``Refused``.
+        """Do what these options say, which are some of ``NOT_GIVEN``; answers the exit code.
 
-        What may not stop shows those whom a configuration would stop.
+        Raises ``Refused``. What may not stop shows those whom a configuration would stop.
         """
+        options = {**NOT_GIVEN, **options}
         code = DONE
         try:
             _check_together(options)
@@ -255,7 +258,7 @@ def _check_together(options: Mapping[str, Any]) -> None:
 
 
 def _is_given(value: Any) -> bool:
-    return value is not None and value is not False and value != []
+    return value is not None and value is not False and value not in ([], ())
 
 
 def _narrows(chosen: Chosen) -> bool:
