@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime, timezone
-from threading import Lock, Thread
+from threading import Thread
 from typing import Any
 
 from django.apps import apps
@@ -20,7 +20,7 @@ PATIENCE = 5.0
 
 COLUMNS = ("name", "classid", "objid", "objsubid", "task_name", "task_id", "mode", "granted", "wait_duration")
 
-_one_at_a_time = Lock()
+_asking: list[Thread] = []
 
 
 def register() -> None:
@@ -39,12 +39,12 @@ def locks(state: Any, **_: Any) -> Any:
     try:
         return _apart(lambda: _locks_of(str(state.hostname)))
     except Exception as error:
-        return {"error": one_line(error) or type(error).__name__}
+        return _error(error)
 
 
 def _apart(ask: Callable[[], Any]) -> Any:
     """Ask in a thread, which has Django connections of its own: a database that hangs stops no worker."""
-    if not _one_at_a_time.acquire(blocking=False):
+    if any(thread.is_alive() for thread in _asking):
         raise TimeoutError("The database has not answered the inquiry before this one yet.")
     answers: list[Any] = []
 
@@ -52,20 +52,19 @@ def _apart(ask: Callable[[], Any]) -> Any:
         try:
             answers.append(ask())
         except Exception as error:
-            answers.append({"error": one_line(error) or type(error).__name__})
-        finally:
-            _one_at_a_time.release()
+            answers.append(_error(error))
 
-    try:
-        thread = Thread(target=answer, name="celery_pglock_inspection", daemon=True)
-        thread.start()
-    except BaseException:
-        _one_at_a_time.release()
-        raise
+    thread = Thread(target=answer, name="celery_pglock_inspection", daemon=True)
+    thread.start()
+    _asking[:] = [thread]
     thread.join(PATIENCE)
     if not answers:
         raise TimeoutError(f"The database did not answer within {PATIENCE:g} s.")
     return answers[0]
+
+
+def _error(error: Exception) -> dict[str, str]:
+    return {"error": one_line(error) or type(error).__name__}
 
 
 def _locks_of(worker: str) -> list[dict[str, Any]]:
