@@ -254,6 +254,13 @@ def test_a_solo_worker_answers_between_its_tasks(rival):
         assert ask(f"{worker.queue}@test") == []
 
 
+def test_a_worker_that_was_not_started_by_the_celery_command_answers_too():
+    code = "from tests.celery_app import app; from celery.worker.control import Panel; import celery_pglock;"
+    code += " app.loader.import_default_modules(); before = 'locks' in Panel.meta;"
+    code += " app.WorkController(pool='solo'); print(before, 'locks' in Panel.meta)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False True\n"
+
+
 def test_a_database_that_hangs_holds_up_no_worker(rival, monkeypatch):
     monkeypatch.setattr(inspections, "PATIENCE", 0.2)
     rival.connection.execute("BEGIN; LOCK TABLE celery_pglock_pglock IN ACCESS EXCLUSIVE MODE")
