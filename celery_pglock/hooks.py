@@ -8,7 +8,7 @@ from typing import Any
 from celery import signals, states
 from django.db import DatabaseError
 
-from celery_pglock import config, interruptions, lock_sequences, locks, work_connections
+from celery_pglock import config, inspections, interruptions, lock_sequences, locks, work_connections
 from celery_pglock.errors import LockMisuse
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.raw_connections import OnStandby
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 def connect() -> None:
     """Connect the hooks; doing it again changes nothing."""
     signals.worker_init.connect(_refuse_what_cannot_work, dispatch_uid="celery_pglock.worker_init")
+    signals.worker_init.connect(_answer_inspections, dispatch_uid="celery_pglock.inspections")
     signals.task_prerun.connect(_note_what_is_held, dispatch_uid="celery_pglock.task_prerun")
     signals.task_postrun.connect(_leave_nothing_behind, dispatch_uid="celery_pglock.task_postrun")
     signals.worker_process_shutdown.connect(_close_idle, dispatch_uid="celery_pglock.worker_process_shutdown")
@@ -41,6 +42,10 @@ def _refuse_what_cannot_work(sender: Any = None, **_: Any) -> None:
             "celery_pglock does not work with the eventlet pool: waiting for PostgreSQL would block every "
             "other task. Use --pool=gevent, prefork, threads or solo."
         )
+
+
+def _answer_inspections(**_: Any) -> None:
+    inspections.register()
 
 
 def _check(alias: str, *, strict: bool) -> None:

@@ -102,7 +102,7 @@ class KeyState(models.Model):
 class Act(models.Model):
     """A backend that was to be stopped: written before it is, and never changed.
 
-    ``through`` is the door: the command, ``prioritize`` or other code; ``by`` is who stands there. Of the
+    ``through`` is the door: a command, ``prioritize`` or other code; ``by`` is who stands there. Of the
     backend's query only the MD5 is kept. ``reason`` names the locks for which it was chosen.
     """
 

@@ -642,7 +642,7 @@ def test_cancel_cancels_and_what_is_idle_is_told_with_exit_3(waiting):
 def test_all_that_was_chosen_is_stopped_whatever_the_limit(waiting):
     _holder, _waiter = waiting
     answer = pglock("-f", "type=ADVISORY", "-l", "1", "--terminate", "-y")
-    assert "All of them are meant: --limit 1 is only for what is shown." in answer.err
+    assert "All of them are meant: the limit 1 is only for what is shown." in answer.err
     assert answer.out.count(ENDED) == 2
 
 
