@@ -23,6 +23,8 @@ OF_DJANGO_PGLOCK = {
     "LIST_LIMIT": "PGLOCK_LIMIT",
 }
 
+WAYS_TO_STOP = frozenset({"cancel", "terminate"})
+
 ON_LOST = ("interrupt", "fail", "warn")
 
 # Shorter ones would end sessions whose holders are only slow; with longer ones nobody would wait for it.
@@ -146,7 +148,10 @@ def current() -> Settings:
 
 
 def chosen(name: str | None, overrides: Mapping[str, Any]) -> Chosen:
-    """A configuration of ``CELERY_PGLOCK["CONFIGS"]``, or none, with the overrides that are not empty."""
+    """A configuration of ``CELERY_PGLOCK["CONFIGS"]``, or none, with the overrides that are not empty.
+
+    A limit of 0 is given; and one way to stop backends takes the place of the other.
+    """
     settings = current()
     options: dict[str, Any] = {}
     if name is not None:
@@ -160,7 +165,12 @@ def chosen(name: str | None, overrides: Mapping[str, Any]) -> Chosen:
         if not isinstance(configs[name], Mapping):
             raise LockMisuse(f"The configuration {name!r} must be a dict of options, not {configs[name]!r}.")
         options |= configs[name]
-    options |= {option: value for option, value in overrides.items() if value}
+    given = {
+        option: value for option, value in overrides.items() if value or (value == 0 and value is not False)
+    }
+    if given.keys() & WAYS_TO_STOP:
+        options = {option: value for option, value in options.items() if option not in WAYS_TO_STOP}
+    options |= given
     known = [option.name for option in fields(Chosen)]
     for option in options:
         if option not in known:
@@ -168,9 +178,9 @@ def chosen(name: str | None, overrides: Mapping[str, Any]) -> Chosen:
                 f"{option!r} is no option of the configuration {name!r}.{did_you_mean(str(option), known)}"
             )
     for option in ("pids", "filters", "on", "attributes"):
-        given = options.get(option, ())
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise LockMisuse(f"{option!r} of the configuration {name!r} must be a list, not {given!r}.")
+        several = options.get(option, ())
+        if isinstance(several, str) or not isinstance(several, Iterable):
+            raise LockMisuse(f"{option!r} of the configuration {name!r} must be a list, not {several!r}.")
     if options.get("database") is not None:
         check_alias(options["database"], f"'database' of the configuration {name!r}")
     if options.get("cancel") and options.get("terminate"):

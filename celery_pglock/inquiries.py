@@ -80,9 +80,7 @@ class Reasons:
 
 def asked(name: str | None, options: Mapping[str, Any]) -> Chosen:
     """What a configuration and these options ask for, checked; a ``limit`` of ``None`` is none at all."""
-    # A limit of 0 is given, and would count as empty.
-    texts = {"limit": str(options["limit"])} if options.get("limit") is not None else {}
-    found = config.chosen(name, {**options, **texts})
+    found = config.chosen(name, options)
     alias = found.database or config.current().USING
     config.check_alias(alias, "The option 'database'" if found.database else "CELERY_PGLOCK['USING']")
     return replace(found, database=alias, limit=_limit(found.limit), attributes=_attributes(found))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -59,6 +60,15 @@ def wait_until(condition: Callable[[], Any], what: str = "", seconds: float = PA
             raise AssertionError(f"not within {seconds} s: {what or condition}")
         time.sleep(0.02)
     return found
+
+
+def in_another_thread(function: Callable[[], Any]) -> Any:
+    """What the function gave there."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
 
 
 class Rival:

@@ -668,6 +668,13 @@ def test_a_configuration_can_stop(waiting, pglock_settings):
         pglock("-c", "mine", "--watch")
 
 
+def test_one_way_to_stop_takes_the_place_of_that_of_the_configuration(waiting, pglock_settings):
+    holder, _waiter = waiting
+    filters = ["activity__application_name=holder"]
+    pglock_settings(CONFIGS={"mine": {"filters": filters, "cancel": True, "yes": True}})
+    assert pglock("-c", "mine", "--terminate").out.startswith(f"backend {pid_of(holder)}: terminated")
+
+
 def test_without_a_terminal_and_without_yes_nothing_is_done(waiting):
     holder, _ = waiting
     answer = in_process(str(pid_of(holder)), "--terminate")

@@ -147,7 +147,7 @@ def test_a_gevent_task_that_is_revoked(rival):
 
 def test_eventlet_is_refused_at_worker_start(rival):
     if not importlib.util.find_spec("eventlet"):
-        pytest.skip("eventlet is not installed")
+        pytest.skip("eventlet is not installed: pip install eventlet")
     with pytest.raises(AssertionError, match="does not work with the eventlet pool"):  # noqa: SIM117
         with running_worker("eventlet", pool="eventlet"):
             pass

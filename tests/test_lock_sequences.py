@@ -21,18 +21,10 @@ from celery_pglock import (
 from celery_pglock.hooks import _leave_nothing_behind
 from celery_pglock.keys import key
 from celery_pglock.pool import pool
-from tests.conftest import Rival, wait_until
+from tests.conftest import Rival, in_another_thread, wait_until
 from tests.worker_tasks import app
 
 BOTH = pytest.mark.parametrize("lock_class", [ExclusiveLock, ShareLock])
-
-
-def in_another_thread(function):
-    results = []
-    thread = threading.Thread(target=lambda: results.append(function()))
-    thread.start()
-    thread.join()
-    return results[0]
 
 
 def terminate(rival):

@@ -29,17 +29,9 @@ from celery_pglock import (
 from celery_pglock.claims import Claim
 from celery_pglock.keys import key
 from celery_pglock.pool import pool
-from tests.conftest import ADVISORY_HERE, wait_until
+from tests.conftest import ADVISORY_HERE, in_another_thread, wait_until
 
 KEYS = ["text", 7, (1, -2), -5]
-
-
-def in_another_thread(function):
-    results = []
-    thread = threading.Thread(target=lambda: results.append(function()))
-    thread.start()
-    thread.join()
-    return results[0]
 
 
 @pytest.mark.parametrize("identifier", KEYS)
