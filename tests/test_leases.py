@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import psycopg
 import pytest
@@ -27,6 +28,17 @@ QUERY = f"SELECT query FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE {AD
 @pytest.fixture(autouse=True)
 def _lease_of_a_second(pglock_settings):
     pglock_settings(LEASE=LEASE)
+
+
+@contextmanager
+def after(seconds, function, *arguments):
+    """Call it meanwhile, and have done so when the block is left: what it uses may be closed then."""
+    timer = threading.Timer(seconds, function, arguments)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
 
 
 def watchers():
@@ -52,8 +64,8 @@ def test_a_lock_is_kept_for_many_leases_and_its_label_with_it(rival):
 
 def test_a_lock_that_was_waited_for_longer_than_a_lease_is_believed_in(rival):
     rival.take("k")
-    threading.Timer(1.5 * LEASE, rival.give_back, ["k"]).start()
-    hold = advisory("k").take()
+    with after(1.5 * LEASE, rival.give_back, "k"):
+        hold = advisory("k").take()
     hold.check()
     assert hold.give_back()
 
@@ -61,8 +73,7 @@ def test_a_lock_that_was_waited_for_longer_than_a_lease_is_believed_in(rival):
 @pytest.mark.parametrize("timeout", [None, 60])
 def test_outer_locks_are_kept_while_an_inner_one_is_waited_for(rival, timeout):
     rival.take("inner")
-    threading.Timer(2 * LEASE, rival.give_back, ["inner"]).start()
-    with advisory("outer"):
+    with after(2 * LEASE, rival.give_back, "inner"), advisory("outer"):
         with advisory("inner", timeout=timeout) as acquired:
             assert acquired
             assert not rival.could_take("outer")
@@ -273,15 +284,13 @@ class TestBlackHole:
     def test_waiting_for_a_lock_does_not_hang(self, rival, proxied, pooled):
         advisory("warm up", using="proxied").take().give_back()
         rival.take("k")
-        threading.Timer(0.1, proxied.black_hole).start()
-        with pytest.raises(OperationalError):
+        with after(0.1, proxied.black_hole), pytest.raises(OperationalError):
             advisory("k", using="proxied", timeout=0.5).acquire()
 
     def test_a_wait_beside_other_locks_ends_when_they_are_lost(self, rival, proxied):
         rival.take("inner")
         with pytest.raises(LockLost, match="'outer'"), advisory("outer", using="proxied"):
-            threading.Timer(0.2, proxied.black_hole).start()
-            with pytest.raises(OperationalError):
+            with after(0.2, proxied.black_hole), pytest.raises(OperationalError):
                 advisory("inner", using="proxied").acquire()
             assert not rival.could_take("outer")
         proxied.heal(deliver=False)
