@@ -18,10 +18,11 @@ LONGEST_TEXT = 200
 # What stays of the query is a hash: its text may hold what a reader of the audit must not see.
 BEGIN = f"""
 INSERT INTO {TABLE} (
-    at, through, by, action, pid, backend_start, role, application_name, client_addr, query_hash, reason
+    at, through, by, action, task_id, comes_back, reason, pid, backend_start, role, application_name,
+    client_addr, query_hash
 )
-SELECT clock_timestamp(), %s, %s, %s, chosen.pid, chosen.backend_start,
-       a.usename, a.application_name, host(a.client_addr), md5(a.query), %s
+SELECT clock_timestamp(), %s, %s, %s, %s, %s, %s, chosen.pid, chosen.backend_start, a.usename,
+       a.application_name, host(a.client_addr), md5(a.query)
 FROM (SELECT %s::int AS pid, %s::timestamptz AS backend_start) AS chosen
 LEFT JOIN pg_stat_activity AS a ON a.pid = chosen.pid AND a.backend_start = chosen.backend_start
 RETURNING id
@@ -58,13 +59,20 @@ class Audit:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
 
-    def begin(self, action: str, pid: int, backend_start: Any, reason: str) -> int:
+    def begin(
+        self,
+        action: str,
+        pid: int,
+        backend_start: Any,
+        task_id: str,
+        comes_back: bool | None,  # noqa: FBT001 - a column among columns
+        reason: str,
+    ) -> int:
         """Write down what is about to be done; answers the number of the entry."""
         actor = _actor.get()
+        row = [actor.through, actor.by, action, task_id, comes_back, reason[:LONGEST_TEXT]]
         with self._connection.cursor() as cursor:
-            cursor.execute(
-                BEGIN, [actor.through, actor.by, action, reason[:LONGEST_TEXT], pid, backend_start]
-            )
+            cursor.execute(BEGIN, [*row, pid, backend_start])
             number: int = cursor.fetchone()[0]
         return number
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from django.db import DatabaseError, ProgrammingError, connections
 from psycopg.errors import InsufficientPrivilege
 
-from celery_pglock import signals
+from celery_pglock import labels, signals
 from celery_pglock.audits import Audit, audit
 from celery_pglock.looks import looking
 
@@ -24,11 +24,12 @@ PATIENCE = 1000
 CANCEL = "CASE WHEN a.state IN ('active', 'fastpath function call') THEN pg_cancel_backend(a.pid) END"
 TERMINATE = f"pg_terminate_backend(a.pid, {PATIENCE})"
 
-# The one statement that reads the victim again and acts: its pid may belong to somebody else by now, and the
-# lock for which it was chosen may be free.
+# The one statement that reads the victim again and acts: its pid may belong to somebody else by now, its
+# session work for another task, and the lock for which it was chosen may be free.
 STOP = """
 SELECT {act} FROM pg_stat_activity AS a
-WHERE a.pid = %s AND a.backend_start = %s AND a.pid <> pg_backend_pid()
+WHERE a.pid = %s AND a.backend_start = %s AND a.application_name IS NOT DISTINCT FROM %s
+  AND a.pid <> pg_backend_pid()
   AND EXISTS (SELECT FROM {view} AS chosen WHERE chosen.id = ANY(%s))
 """
 
@@ -54,11 +55,18 @@ EXPLANATIONS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """A backend that was chosen, for rows of a view that must still be there when it is stopped."""
+    """A backend that was chosen, for rows of a view that must still be there when it is stopped.
+
+    ``reason`` is for the audit, which has the rows otherwise. ``comes_back`` says whether the task that the
+    backend works for goes back to its queue; ``None`` leaves that to the task.
+    """
 
     pid: int
     backend_start: datetime | None
+    application_name: str | None
     rows: tuple[Any, ...]
+    reason: str = ""
+    comes_back: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,14 @@ def _stop(
     stops = []
     with audit(using) as entries:
         for victim in victims:
-            number = entries.begin(action, victim.pid, victim.backend_start, ", ".join(map(str, victim.rows)))
+            number = entries.begin(
+                action,
+                victim.pid,
+                victim.backend_start,
+                labels.task_id_of(victim.application_name or ""),
+                victim.comes_back,
+                victim.reason or ", ".join(map(str, victim.rows)),
+            )
             stop = Stop(victim.pid, _outcome(victim, sql, using, outcomes))
             _write_down(entries, number, stop)
             signals.backend_stopped.send_robust(sender=None, stop=stop, action=action, using=using)
@@ -121,7 +136,9 @@ def _outcome(victim: Victim, sql: str, using: str, outcomes: Mapping[bool | None
         return NOT_PERMITTED
     try:
         with looking(using), connections[using].cursor() as cursor:
-            cursor.execute(sql, [victim.pid, victim.backend_start, list(victim.rows)])
+            cursor.execute(
+                sql, [victim.pid, victim.backend_start, victim.application_name, list(victim.rows)]
+            )
             row = cursor.fetchone()
     except ProgrammingError as error:
         if not isinstance(error.__cause__, InsufficientPrivilege):

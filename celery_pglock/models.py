@@ -103,7 +103,9 @@ class Act(models.Model):
     """A backend that was to be stopped: written before it is, and never changed.
 
     ``through`` is the door: a command, ``prioritize`` or other code; ``by`` is who stands there. Of the
-    backend's query only the MD5 is kept. ``reason`` names the locks for which it was chosen.
+    backend's query only the MD5 is kept. ``reason`` names the locks for which it was chosen. ``task_id`` is
+    of the task that the backend works for, if any, as far as PostgreSQL keeps it; ``comes_back`` whether that
+    task goes back to its queue, and ``None`` where its own options say what becomes of it.
     """
 
     at = models.DateTimeField()
@@ -115,11 +117,18 @@ class Act(models.Model):
     role = models.CharField(max_length=63, null=True)
     application_name = models.CharField(max_length=63, null=True)
     client_addr = models.CharField(max_length=64, null=True)
+    task_id = models.CharField(max_length=63)
+    comes_back = models.BooleanField(null=True)
     query_hash = models.CharField(max_length=32, null=True)
     reason = models.CharField(max_length=audits.LONGEST_TEXT)
 
     class Meta:
         db_table = audits.TABLE
+        default_permissions = ("view",)
+        verbose_name_plural = "audit"
+        indexes: ClassVar[list[models.Index]] = [
+            models.Index(fields=["task_id"], name="celery_pglock_act_of_task")
+        ]
 
     def __str__(self) -> str:
         return f"{self.action} backend {self.pid}, {self.at}"
@@ -137,6 +146,7 @@ class Outcome(models.Model):
 
     class Meta:
         db_table = audits.OUTCOMES
+        default_permissions = ("view",)
 
     def __str__(self) -> str:
         return self.outcome
@@ -158,6 +168,7 @@ class View(models.Model):
         abstract = True
         managed = False
         default_manager_name = "no_objects"
+        default_permissions = ("view",)
 
 
 class PGActivity(View):
@@ -188,6 +199,14 @@ class PGActivity(View):
 
     objects = PGActivityQuerySet.as_manager()
 
+    class Meta(View.Meta):
+        abstract = False
+        permissions: ClassVar[tuple[tuple[str, str], ...]] = (
+            ("cancel_pgactivity", "Can cancel what backends run"),
+            ("terminate_pgactivity", "Can end the sessions of backends"),
+            ("view_pgactivity_query", "Can see the queries of backends"),
+        )
+
     def __str__(self) -> str:
         return f"backend {self.pk} ({self.application_name or 'unnamed'}, {self.state})"
 
@@ -198,6 +217,8 @@ class Lock(View):
     ``activity`` is ``None`` for one of a transaction that was prepared. ``relation`` is the oid of the table,
     which a wait for a row has, too. Advisory locks have the numbers that ``pg_locks`` prints, and those of
     lock sessions the names in their labels: hints, which other roles could forge for locks of their own.
+    ``since`` is when the wait began; of an advisory lock that is held, what its label says; of another one
+    that is held, when its transaction began, so that it may be younger.
     """
 
     id = models.TextField(primary_key=True)
@@ -209,6 +230,7 @@ class Lock(View):
     granted = models.BooleanField()
     wait_start = models.DateTimeField(null=True)
     wait_duration = Interval(null=True)
+    since = models.DateTimeField(null=True)
     rel_kind = Spelled(max_length=32, null=True)
     rel_name = models.CharField(max_length=127, null=True)
     relation = models.BigIntegerField(null=True)

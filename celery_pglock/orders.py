@@ -49,7 +49,8 @@ class Target:
     @property
     def victim(self) -> Victim:
         start = self.activity and self.activity.backend_start
-        return Victim(self.pid, start, tuple(row.pk for row in self.rows))
+        name = self.activity and self.activity.application_name
+        return Victim(self.pid, start, name, tuple(row.pk for row in self.rows))
 
 
 def _most_telling(row: Any) -> tuple[bool, ...]:

@@ -62,12 +62,15 @@ class ViewQuerySet(QuerySet[M]):
 
     def _victims(self, pid: str) -> tuple[Victim, ...]:
         """Each backend in this column once, with the rows for which it was chosen."""
-        start = "backend_start" if pid == "id" else f"{pid.removesuffix('_id')}__backend_start"
-        rows: dict[tuple[int, Any], list[Any]] = {}
-        for row, number, backend_start in self.values_list("pk", pid, start):
+        backend = "" if pid == "id" else f"{pid.removesuffix('_id')}__"
+        columns = (pid, f"{backend}backend_start", f"{backend}application_name")
+        rows: dict[tuple[Any, Any, Any], list[Any]] = {}
+        for row, number, start, name in self.values_list("pk", *columns):
             if number is not None:
-                rows.setdefault((number, backend_start), []).append(row)
-        return tuple(Victim(*backend, tuple(chosen)) for backend, chosen in rows.items())
+                rows.setdefault((number, start, name), []).append(row)
+        return tuple(
+            Victim(number, start, name, tuple(chosen)) for (number, start, name), chosen in rows.items()
+        )
 
     def _cancel(self, pid: str) -> tuple[Stop, ...]:
         with looking(self.db):

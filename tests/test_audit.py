@@ -38,6 +38,12 @@ def chosen(victim):
     return PGLock.objects.pid(pid_of(victim)).filter(type="ADVISORY")
 
 
+def test_an_act_names_the_task_for_which_the_backend_works(victim):
+    victim.connection.execute("SET application_name = 'pglock:some-task'")
+    chosen(victim).terminate_activity()
+    assert Act.objects.get().task_id == "some-task"
+
+
 def lock(keeper, model):
     keeper.connection.execute("BEGIN")
     keeper.connection.execute(f"LOCK TABLE {model._meta.db_table} IN ACCESS EXCLUSIVE MODE")
@@ -55,6 +61,7 @@ def test_an_act_says_who_was_chosen_and_why_and_what_became_of_it(victim):
     assert (act.action, act.pid, act.backend_start) == ("terminate", backend.pk, backend.backend_start)
     assert (act.application_name, act.role, act.client_addr) == ("report", "postgres", backend.client_addr)
     assert (act.reason, act.outcome.outcome) == (row, stop.outcome) == (row, "terminated")
+    assert (act.task_id, act.comes_back) == ("", None)
     assert act.query_hash == hashlib.md5(SECRET.encode()).hexdigest()  # noqa: S324 - as PostgreSQL's md5()
     assert "secret" not in repr(vars(act))
     assert act.at <= act.outcome.at

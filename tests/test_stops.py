@@ -3,6 +3,7 @@
 import os
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import pytest
@@ -16,7 +17,6 @@ from tests.conftest import wait_until
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-# Roles belong to the whole cluster, in which other tests may run.
 # Roles are the whole server's; all who collect these tests must call them the same.
 PREFIX = f"pglock_{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
 APP, OTHER, SIGNALS, READS_TOO = (f"{PREFIX}_{name}" for name in ("app", "other", "signals", "reads"))
@@ -90,9 +90,11 @@ class TestOutcomes:
         holder = session()
         holder.does("BEGIN", "LOCK TABLE tests_entry")
         chosen = PGLock.objects.on("tests.Entry")
-        row, pid, start = chosen.values_list("pk", "activity_id", "activity__backend_start").get()
+        row, pid, start, name = chosen.values_list(
+            "pk", "activity_id", "activity__backend_start", "activity__application_name"
+        ).get()
         holder.does("COMMIT", "BEGIN", "LOCK TABLE tests_entry")
-        (stop,) = backends.terminate([Victim(pid, start, (row,))], PGLock._meta.db_table, "default")
+        (stop,) = backends.terminate([Victim(pid, start, name, (row,))], PGLock._meta.db_table, "default")
         assert stop.outcome == "gone"
         holder.does("SELECT 1")
 
@@ -143,8 +145,8 @@ class TestOutcomes:
 
 class TestVictimsThatChanged:
     def victim(self, session, *rows):
-        (start,) = PGActivity.objects.filter(id=session.pid).values_list("backend_start", flat=True)
-        return Victim(session.pid, start, rows)
+        backend = PGActivity.objects.get(id=session.pid)
+        return Victim(session.pid, backend.backend_start, backend.application_name, rows)
 
     @pytest.mark.parametrize("stop", [backends.cancel, backends.terminate])
     def test_a_lock_that_was_freed_saves_its_holder(self, session, stop):
@@ -162,7 +164,19 @@ class TestVictimsThatChanged:
         holder = session()
         holder.does("SELECT pg_advisory_lock(7)")
         lock = PGLock.objects.get(objid=7)
-        victim = Victim(holder.pid, datetime(2020, 1, 1, tzinfo=timezone.utc), (lock.id,))
+        victim = replace(
+            self.victim(holder, lock.id), backend_start=datetime(2020, 1, 1, tzinfo=timezone.utc)
+        )
+        (outcome,) = stop([victim], "celery_pglock_pglock", "default")
+        assert outcome.outcome == "gone"
+        holder.does("SELECT 1")
+
+    @pytest.mark.parametrize("stop", [backends.cancel, backends.terminate])
+    def test_a_session_that_works_for_another_task_by_now_is_spared(self, session, stop):
+        holder = session()
+        holder.does("SET application_name = 'pglock:first'", "SELECT pg_advisory_lock(7)")
+        victim = self.victim(holder, PGLock.objects.get(objid=7).id)
+        holder.does("SET application_name = 'pglock:second'")
         (outcome,) = stop([victim], "celery_pglock_pglock", "default")
         assert outcome.outcome == "gone"
         holder.does("SELECT 1")

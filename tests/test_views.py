@@ -1,5 +1,6 @@
 """Locks, waits and backends as models: what is found, by what, and what breaks nothing."""
 
+import time
 from contextlib import nullcontext
 from datetime import timedelta
 from io import StringIO
@@ -278,6 +279,22 @@ class TestNames:
         forged = f"/*pglock:1 key=1:{lock.classid}:{lock.objid}:{since}:x*/"
         session().does(f"{forged} SELECT pg_advisory_lock({lock.arguments[0]})")
         assert len(advisory("forged").holders()) == 1
+        assert one(type="ADVISORY").since is None
+
+    def test_a_lock_tells_since_when(self, session):
+        before = time.time()
+        with advisory("mine"):
+            assert before - 1 < one(name="mine").since.timestamp() <= time.time()
+            waiter = session()
+            waiter.waits(f"SELECT pg_advisory_lock({key('mine').arguments[0]})")
+            wait_until(lambda: one(activity_id=waiter.pid, granted=False).since is not None)
+            found = BlockedPGLock.objects.get(activity_id=waiter.pid)
+            assert found.since == found.wait_start
+        holder = session()
+        holder.does("BEGIN", f"LOCK TABLE {TABLE}", "SELECT pg_advisory_lock(7)")
+        found = PGLock.objects.on(Entry).select_related("activity").get()
+        assert found.since == found.activity.xact_start
+        assert one(objid=7).since is None
 
     def test_without_show_names_the_task_is_told_and_the_name_is_not(self, pglock_settings):
         pglock_settings(SHOW_NAMES=False)

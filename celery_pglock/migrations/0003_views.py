@@ -41,12 +41,12 @@ WITH locks AS MATERIALIZED (
            virtualtransaction, pid, mode, granted, waitstart
     FROM pg_locks
 ), labels AS MATERIALIZED (
-    SELECT pid, application_name,
+    SELECT pid, application_name, xact_start,
         -- Each word of it with a blank behind; the last is left out if the server has cut the query there.
         regexp_replace(substring(query FROM '^/\*(pglock:1 [^*]*\*?)'), '(?:\*| [^ *]*)$', ' ') AS label
     FROM pg_stat_activity WHERE datname = current_database()
 ), backends AS MATERIALIZED (
-    SELECT pid, label,
+    SELECT pid, label, xact_start,
         substring(label FROM ' task=([^ ]*) ') AS labelled_task,
         substring(label FROM ' id=([^ ]*) ') AS labelled_id,
         substring(label FROM ' worker=([^ ]*) ') AS labelled_worker,
@@ -75,6 +75,12 @@ SELECT
     l.granted,
     l.waitstart AS wait_start,
     clock_timestamp() - l.waitstart AS wait_duration,
+    CASE
+        WHEN NOT l.granted THEN l.waitstart
+        WHEN l.locktype <> 'advisory' THEN b.xact_start
+        -- Anybody may write a label: only what to_timestamp() takes.
+        WHEN its.name IS NOT NULL THEN to_timestamp(substring(told.rest FROM '^([0-9]{1,11}([.][0-9]+)?):')::float8)
+    END AS since,
     CASE c.relkind
         WHEN 'r' THEN 'TABLE'
         WHEN 'i' THEN 'INDEX'
@@ -126,7 +132,7 @@ BLOCKED = """
 CREATE VIEW celery_pglock_blockedpglock AS
 SELECT
     concat(l.id, ':', blocker.pid) AS id,
-    l.type, l.activity_id, l.mode, l.granted, l.wait_start, l.wait_duration, l.rel_kind, l.rel_name, l.relation,
+    l.type, l.activity_id, l.mode, l.granted, l.wait_start, l.wait_duration, l.since, l.rel_kind, l.rel_name, l.relation,
     l.name, l.task_name, l.task_id, l.worker, l.classid, l.objid, l.objsubid,
     nullif(blocker.pid, 0) AS blocking_activity_id
 FROM celery_pglock_pglock AS l
@@ -162,6 +168,7 @@ def lock_fields() -> list[tuple[str, Any]]:
         ("granted", models.BooleanField()),
         ("wait_start", models.DateTimeField(null=True)),
         ("wait_duration", celery_pglock.fields.Interval(null=True)),
+        ("since", models.DateTimeField(null=True)),
         ("rel_kind", celery_pglock.fields.Spelled(max_length=32, null=True)),
         ("rel_name", models.CharField(max_length=127, null=True)),
         ("relation", models.BigIntegerField(null=True)),
@@ -212,17 +219,34 @@ class Migration(migrations.Migration):
                 ("client_hostname", models.CharField(max_length=256, null=True)),
                 ("client_port", models.IntegerField(null=True)),
             ],
-            options={"managed": False, "default_manager_name": "no_objects"},
+            options={
+                "managed": False,
+                "default_manager_name": "no_objects",
+                "default_permissions": ("view",),
+                "permissions": (
+                    ("cancel_pgactivity", "Can cancel what backends run"),
+                    ("terminate_pgactivity", "Can end the sessions of backends"),
+                    ("view_pgactivity_query", "Can see the queries of backends"),
+                ),
+            },
         ),
         migrations.CreateModel(
             name="PGLock",
             fields=lock_fields(),
-            options={"managed": False, "default_manager_name": "no_objects"},
+            options={
+                "managed": False,
+                "default_manager_name": "no_objects",
+                "default_permissions": ("view",),
+            },
         ),
         migrations.CreateModel(
             name="BlockedPGLock",
             fields=[*lock_fields(), ("blocking_activity", activity_key())],
-            options={"managed": False, "default_manager_name": "no_objects"},
+            options={
+                "managed": False,
+                "default_manager_name": "no_objects",
+                "default_permissions": ("view",),
+            },
         ),
         migrations.RunPython(create_views, drop_views),
     ]

@@ -28,11 +28,16 @@ class Migration(migrations.Migration):
                 ("role", models.CharField(max_length=63, null=True)),
                 ("application_name", models.CharField(max_length=63, null=True)),
                 ("client_addr", models.CharField(max_length=64, null=True)),
+                ("task_id", models.CharField(max_length=63)),
+                ("comes_back", models.BooleanField(null=True)),
                 ("query_hash", models.CharField(max_length=32, null=True)),
                 ("reason", models.CharField(max_length=200)),
             ],
             options={
                 "db_table": "celery_pglock_act",
+                "default_permissions": ("view",),
+                "verbose_name_plural": "audit",
+                "indexes": [models.Index(fields=["task_id"], name="celery_pglock_act_of_task")],
             },
         ),
         migrations.CreateModel(
@@ -52,6 +57,7 @@ class Migration(migrations.Migration):
             ],
             options={
                 "db_table": "celery_pglock_outcome",
+                "default_permissions": ("view",),
             },
         ),
     ]
