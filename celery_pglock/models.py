@@ -152,6 +152,30 @@ class Outcome(models.Model):
         return self.outcome
 
 
+class LockReport(models.Model):
+    """What a report found among the locks of this database.
+
+    ``held`` counts advisory locks, ``waiting`` waits for locks of any kind, and ``skipped`` the skips that
+    were counted lately. What could not be read is ``None``, and named in ``unread``. ``findings`` is a list of
+    objects, each with a ``kind``.
+    """
+
+    at = models.DateTimeField(db_index=True)
+    held = models.PositiveIntegerField(null=True)
+    waiting = models.PositiveIntegerField(null=True)
+    skipped = models.PositiveBigIntegerField(null=True)
+    longest_held = models.DurationField(null=True)
+    longest_wait = models.DurationField(null=True)
+    findings = models.JSONField(default=list)
+    unread = models.JSONField(default=list)
+
+    class Meta:
+        default_permissions = ("view",)
+
+    def __str__(self) -> str:
+        return f"report of {self.at}"
+
+
 class NothingToDump(models.Manager[Any]):
     """What ``dumpdata`` finds: rows of a view cannot be loaded again."""
 
