@@ -160,6 +160,12 @@ def reasons(identifier: Identifier, alias: str) -> Reasons:
     )
 
 
+def waits(alias: str) -> Waits:
+    """Everybody who waits for a lock in the database of this alias."""
+    with looking(alias):
+        return _waits(alias, _all_waits(alias))
+
+
 def identifier(text: str) -> Identifier:
     """The lock id that a text stands for: ``42`` and ``(1, 2)`` are numbers, ``"42"`` in quotes is a text."""
     if INT.fullmatch(text):

@@ -235,7 +235,9 @@ def session_level_aliases(app: Any) -> dict[str, bool]:
         return {}
     app.finalize(auto=True)
     # Reading a task's app binds the task.
-    options = [getattr(task, "_lock_options", None) for task in app.tasks.values() if task.app]
+    # Ours are bound wherever tasks are discovered, and refused when they run: most will not run there.
+    tasks = [task for name, task in app.tasks.items() if task.app and not name.startswith("celery_pglock.")]
+    options = [getattr(task, "_lock_options", None) for task in tasks]
     strict_by_alias: dict[str, bool] = {}
     for one in options:
         if isinstance(one, TaskOptions) and not one.xact:
