@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from django.db import DatabaseError, InterfaceError, connections, router
-from django.db.models import Q, Sum
+from django.db.models import BooleanField, ExpressionWrapper, Q, Sum
 from django.db.models.functions import Now
 
 from celery_pglock import config, inquiries, wordings
@@ -23,6 +23,8 @@ from celery_pglock.models import PGLock, SkipCount
 from celery_pglock.modes import ACCESS_SHARE
 from celery_pglock.printed_texts import in_json, one_line
 from celery_pglock.side_effects import Raise
+from celery_pglock.trees import Backend, Cycle
+from celery_pglock.wordings import UNREADABLE
 
 HELD: Final = "held_too_long"
 WAITING: Final = "waiting_too_long"
@@ -36,6 +38,11 @@ MOST_OF_ONE_KIND = 50
 
 # Counts are by the hour, so the window is between one hour and two.
 WINDOW = timedelta(hours=2)
+
+HIDDEN = (
+    "what {number} backends of other roles say of their locks: this role may not read it, and GRANT "
+    "pg_read_all_stats would let it"
+)
 
 COLUMNS = (
     "pk",
@@ -58,6 +65,8 @@ COLUMNS = (
 
 # What keeps one part of a report from being told, and the others not.
 FAILURES = (DatabaseError, InterfaceError, LockMisuse)
+
+T = TypeVar("T")
 
 Finding: TypeAlias = dict[str, Any]
 """What JSON knows: the ``kind``, a ``text`` for people, and what the text says as values."""
@@ -114,11 +123,10 @@ class _Draft:
     findings: list[Finding] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
 
-    def tell(self, kind: str, found: Iterable[Finding], left_out: int = 0) -> None:
-        """Tell the worst of one kind, which come first."""
-        everything = list(found)
-        self.findings += [{"kind": kind, **one} for one in everything[:MOST_OF_ONE_KIND]]
-        left_out += max(0, len(everything) - MOST_OF_ONE_KIND)
+    def tell(self, kind: str, found: Sequence[T], words: Callable[[T], Finding], left_out: int = 0) -> None:
+        """Tell the worst of one kind, which come first, and how many others there are."""
+        self.findings += [{"kind": kind, **_storable(words(one))} for one in found[:MOST_OF_ONE_KIND]]
+        left_out += max(0, len(found) - MOST_OF_ONE_KIND)
         if left_out:
             self.findings.append(
                 {"kind": kind, "text": f"{left_out} more: {kind.replace('_', ' ')}", "left_out": left_out}
@@ -158,8 +166,11 @@ def report(alias: str, limits: Thresholds, not_running: NotRunning, *, task_id: 
         at = _clock(alias)
         rows = [row for row in _rows(alias) if not task_id or row.task_id != task_id]
     held = [row for row in rows if row.granted]
-    ages = {row.pk: at - row.since for row in held if row.since is not None}
+    # A holder's own clock may be ahead of the server's.
+    ages = {row.pk: max(at - row.since, timedelta()) for row in held if row.since is not None}
     waits = {row.pk: row.wait_duration or timedelta() for row in rows if not row.granted}
+    if hidden := {row.activity_id for row in rows if row.is_hidden}:
+        draft.unread.append(HIDDEN.format(number=len(hidden)))
     _tell_locks(draft, HELD, held, ages, limits.held_after)
     _tell_locks(draft, WAITING, [row for row in rows if not row.granted], waits, limits.waiting_after)
     with draft.going_on("who waits for whom"):
@@ -182,6 +193,14 @@ def report(alias: str, limits: Thresholds, not_running: NotRunning, *, task_id: 
     )
 
 
+def _storable(finding: Finding) -> Finding:
+    # jsonb keeps no NUL, which a key's text may have.
+    return {
+        name: value.replace("\0", "\ufffd") if isinstance(value, str) else value
+        for name, value in finding.items()
+    }
+
+
 def not_done(what: str, error: Exception) -> str:
     """What was not done, and why, in a line."""
     return one_line(f"{what}: {str(error).strip() or type(error).__name__}")
@@ -197,7 +216,8 @@ def _clock(alias: str) -> datetime:
 def _rows(alias: str) -> Iterable[Any]:
     wanted = Q(granted=False) | Q(type="ADVISORY")
     found = PGLock.objects.using(alias).filter(wanted).exclude(activity_id=OwnPid())
-    return found.values_list(*COLUMNS, named=True)
+    hidden = ExpressionWrapper(Q(activity__query=UNREADABLE), output_field=BooleanField())
+    return found.annotate(is_hidden=hidden).values_list(*COLUMNS, "is_hidden", named=True)
 
 
 def _tell_locks(
@@ -208,7 +228,7 @@ def _tell_locks(
     found = [row for row in rows if row.pk in ages and ages[row.pk].total_seconds() >= limit]
     found.sort(key=lambda row: ages[row.pk], reverse=True)
     verb = "has held" if kind == HELD else "has waited for"
-    draft.tell(kind, (_of_lock(row, ages[row.pk], f"{verb} {wordings.lock(row)}") for row in found))
+    draft.tell(kind, found, lambda row: _of_lock(row, ages[row.pk], f"{verb} {wordings.lock(row)}"))
 
 
 def _of_lock(row: Any, age: timedelta, words: str) -> Finding:
@@ -236,28 +256,27 @@ def _who(row: Any) -> str:
 def _tell_chains(draft: _Draft, alias: str, workers: dict[Any, str], limits: Thresholds) -> None:
     waits = inquiries.waits(alias)
     hidden = [cycle for cycle in waits.cycles if not cycle.is_visible]
-    draft.tell(CYCLE, [_of_cycle(cycle.waits, str(cycle)) for cycle in hidden])
+    draft.tell(CYCLE, hidden, _of_cycle)
     if limits.waiting_after is None:
         return
     behind = {root: waits.behind(root) for root in waits.roots()}
     roots = [root for root, (_, longest) in behind.items() if longest.total_seconds() >= limits.waiting_after]
     roots.sort(key=lambda root: behind[root][1], reverse=True)
-    shown = waits.trees(roots[:MOST_OF_ONE_KIND])
-    found = [_of_root(tree.backend, *behind[tree.backend.pid], workers) for tree in shown]
-    draft.tell(CHAIN, found, left_out=len(roots) - len(shown))
+    shown = [tree.backend for tree in waits.trees(roots[:MOST_OF_ONE_KIND])]
+    draft.tell(CHAIN, shown, lambda root: _of_root(root, *behind[root.pid], workers), len(roots) - len(shown))
 
 
-def _of_cycle(waits: Sequence[Any], text: str) -> Finding:
-    longest = max(wait.wait_duration or timedelta() for wait in waits)
+def _of_cycle(cycle: Cycle) -> Finding:
+    longest = max(wait.wait_duration or timedelta() for wait in cycle.waits)
     return {
-        "text": text,
-        "pids": [wait.activity_id for wait in waits],
-        "locks": [wordings.lock(wait) for wait in waits],
+        "text": str(cycle),
+        "pids": [wait.activity_id for wait in cycle.waits],
+        "locks": [wordings.lock(wait) for wait in cycle.waits],
         "seconds": longest.total_seconds(),
     }
 
 
-def _of_root(backend: Any, number: int, longest: timedelta, workers: dict[Any, str]) -> Finding:
+def _of_root(backend: Backend, number: int, longest: timedelta, workers: dict[Any, str]) -> Finding:
     others = "1 other" if number == 1 else f"{number} others"
     return {
         "text": f"{backend} holds up {others}, one of them for {one_line(longest)}",
@@ -290,13 +309,8 @@ def _tell_without_task(
         still = set(again.values_list("pk", "since", "task_id"))
     found = [row for row in suspects if (row.pk, row.since, row.task_id) in still]
     found.sort(key=lambda row: ages[row.pk], reverse=True)
-    draft.tell(
-        NO_TASK,
-        (
-            _of_lock(row, ages[row.pk], f"does not run on its worker, and has held {wordings.lock(row)}")
-            for row in found
-        ),
-    )
+    words = "does not run on its worker, and has held"
+    draft.tell(NO_TASK, found, lambda row: _of_lock(row, ages[row.pk], f"{words} {wordings.lock(row)}"))
 
 
 def _is_of_worker(row: Any) -> bool:
@@ -314,7 +328,7 @@ def _tell_skips(draft: _Draft, limit: int) -> int:
         often = lately.values("key", "task_name").annotate(skips=Sum("count")).filter(skips__gte=limit)
         shown = list(often.order_by("-skips", "key", "task_name")[:MOST_OF_ONE_KIND])
         left_out = often.count() - len(shown) if len(shown) == MOST_OF_ONE_KIND else 0
-    draft.tell(SKIPPED, map(_of_key, shown), left_out)
+    draft.tell(SKIPPED, shown, _of_key, left_out)
     return int(total)
 
 

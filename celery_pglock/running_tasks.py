@@ -23,13 +23,15 @@ def not_running(app: Any, runs: frozenset[Run]) -> tuple[frozenset[Run], tuple[s
     """Which of these runs their workers do not know of, and what could not be learned."""
     connection = app.connection_for_write()
     failures = (OperationalError, *connection.connection_errors, *connection.channel_errors)
+    if not (app.conf.worker_enable_remote_control and connection.supports_exchange_type("fanout")):
+        return frozenset(), ("whether tasks run: the workers take no remote control",)
     try:
         with connection:
             # Celery would go on trying for as long as the broker is away.
             connection.ensure_connection(max_retries=1, interval_start=0)
             return _not_running(app, connection, runs)
     except failures as error:
-        return frozenset(), (f"the workers could not be asked: {one_line(error) or type(error).__name__}",)
+        return frozenset(), (f"whether tasks run: {one_line(error) or type(error).__name__}",)
 
 
 def _not_running(app: Any, connection: Any, runs: frozenset[Run]) -> tuple[frozenset[Run], tuple[str, ...]]:
@@ -43,7 +45,9 @@ def _not_running(app: Any, connection: Any, runs: frozenset[Run]) -> tuple[froze
         active = _ask(app, connection, "active", unknown, {}, limit=NO_LIMIT)
         silent |= {worker for worker, _ in unknown} - active.keys()
         unknown = frozenset(run for run in unknown if run[0] in active and run[1] not in active[run[0]])
-    return unknown, tuple(f"worker {one_line(worker)} did not answer" for worker in sorted(silent))
+    return unknown, tuple(
+        f"whether tasks run: worker {one_line(worker)} did not answer" for worker in sorted(silent)
+    )
 
 
 def _ask(
