@@ -20,15 +20,17 @@ def beat_entries(
     """Entries for ``CELERY_BEAT_SCHEDULE``, or for ``app.conf.beat_schedule``.
 
     Of each task the interval between two runs, more than 0 seconds; ``None`` leaves the task out. What was
-    not begun when the next run is due expires. ``using`` is an alias in ``DATABASES``.
+    not begun when the next run is due expires. ``using`` is an alias in ``DATABASES``; entries for several
+    have different names.
     """
     if not (queue is None or (isinstance(queue, str) and queue)):
         raise LockMisuse(f"beat_entries(queue=...) must be the name of a queue or None, not {queue!r}.")
     if using is not None:
         check_alias(using, "beat_entries(using=...)")
     intervals = {"report_locks": report_locks, "prioritize_critical_tasks": prioritize_critical_tasks}
+    of_alias = f" of {using}" if using else ""
     return {
-        f"celery_pglock.{name}": _entry(name, interval, queue, using)
+        f"celery_pglock.{name}{of_alias}": _entry(name, interval, queue, using)
         for name, interval in intervals.items()
         if interval is not None
     }

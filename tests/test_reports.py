@@ -219,10 +219,10 @@ def test_what_this_role_may_not_read_is_told(session):
 
 
 @pytest.mark.parametrize("name", ["nul\0nul", "tab\tnew\nline", "é🔒 <b>"])
-def test_any_text_of_a_key_can_be_told_and_kept(name, session, log):
-    holds(session(), name, 1000)
+def test_any_text_can_be_told_and_kept(name, session, log):
+    holds(session(), name, 1000, Owner(name, name, name))
     (one,) = found("held_too_long")
-    assert one["name"] == name.replace("\0", "\ufffd")
+    assert one["name"] == one["task_name"] == name.replace("\0", "\ufffd")
     assert one["text"].isprintable()
     assert LockReport.objects.get().findings[0]["name"] == one["name"]
     assert all(line.isprintable() for _, line in log())
@@ -566,6 +566,16 @@ def test_a_solo_worker_reports_without_waiting_for_its_own_answer(session):
         told = report()
         assert told["findings"] == []
         assert told["unread"] == [f"whether tasks run: worker {worker.queue}@test did not answer"]
+
+
+def test_a_worker_that_knows_all_its_tasks_is_waited_for_no_longer(worker, rival, monkeypatch):
+    monkeypatch.setattr(running_tasks, "PATIENCE", 60.0)
+    running = skips.delay("running", 60)
+    wait_until(lambda: PGLock.objects.filter(task_id=running.id).exists(), "it holds its lock")
+    started = time.monotonic()
+    assert running_tasks.not_running(app, frozenset([("celery@test", running.id)])) == (frozenset(), ())
+    running.revoke(terminate=True, signal="SIGKILL")
+    assert time.monotonic() - started < PATIENCE
 
 
 def test_of_two_workers_with_one_name_both_are_asked(session):

@@ -54,8 +54,8 @@ def test_each_task_that_is_asked_for_has_an_entry():
         report_locks=timedelta(minutes=5), prioritize_critical_tasks=10, queue="operators", using="locks"
     )
     assert [(name, one["task"], one["schedule"]) for name, one in both.items()] == [
-        ("celery_pglock.report_locks", "celery_pglock.report_locks", 300.0),
-        ("celery_pglock.prioritize_critical_tasks", "celery_pglock.prioritize_critical_tasks", 10.0),
+        ("celery_pglock.report_locks of locks", "celery_pglock.report_locks", 300.0),
+        ("celery_pglock.prioritize_critical_tasks of locks", "celery_pglock.prioritize_critical_tasks", 10.0),
     ]
     assert [(one["kwargs"], one["options"]) for one in both.values()] == [
         ({"using": "locks"}, {"expires": 300.0, "queue": "operators"}),
