@@ -344,11 +344,14 @@ def test_without_a_retention_everything_is_kept(retention, rival, pglock_setting
 
 def test_a_backlog_is_dropped_batch_by_batch_around_rows_that_somebody_works_on(rival, monkeypatch):
     monkeypatch.setattr("celery_pglock.histories.BATCH", 2)
-    for number in range(7):
+    monkeypatch.setattr("celery_pglock.histories.MOST_BATCHES", 3)
+    for number in range(9):
         count("task", str(number), 1, hours_ago=10_000)
     kept = SkipCount.objects.order_by("pk")[0]
     with rival.connection.transaction():
         rival.connection.execute("UPDATE celery_pglock_skipcount SET count = 2 WHERE id = %s", [kept.pk])
+        assert report()["unread"] == []
+        assert SkipCount.objects.count() == 3
         assert report()["unread"] == []
     assert [one.pk for one in SkipCount.objects.all()] == [kept.pk]
 
@@ -576,6 +579,14 @@ def test_a_worker_that_knows_all_its_tasks_is_waited_for_no_longer(worker, rival
     assert running_tasks.not_running(app, frozenset([("celery@test", running.id)])) == (frozenset(), ())
     running.revoke(terminate=True, signal="SIGKILL")
     assert time.monotonic() - started < PATIENCE
+
+
+def test_a_worker_that_answers_by_an_error_has_not_answered(session):
+    with running_worker("reported-failing", pool="solo", TASKS="failing_controls"):
+        pretends(session(), "reported-failing@test")
+        told = report()
+    assert told["findings"] == []
+    assert told["unread"] == ["whether tasks run: worker reported-failing@test did not answer"]
 
 
 def test_of_two_workers_with_one_name_both_are_asked(session):
