@@ -12,7 +12,7 @@ from django.db import DatabaseError, InterfaceError, connections, router
 from django.db.models import BooleanField, ExpressionWrapper, Q, Sum
 from django.db.models.functions import Now
 
-from celery_pglock import config, inquiries, wordings
+from celery_pglock import config, inquiries, markers, wordings
 from celery_pglock.durations import Duration, seconds
 from celery_pglock.errors import LockMisuse
 from celery_pglock.inquiries import OwnPid
@@ -91,8 +91,8 @@ class Thresholds:
 class Report:
     """What was found in the database of the alias ``using``, by its own clock.
 
-    The numbers are of all locks but those of the task that reports; what could not be read is ``None``, and
-    named in ``unread``.
+    The numbers are of all locks but markers, and those of the task that reports; what could not be read is
+    ``None``, and named in ``unread``.
     """
 
     using: str
@@ -214,7 +214,9 @@ def _clock(alias: str) -> datetime:
 
 
 def _rows(alias: str) -> Iterable[Any]:
-    wanted = Q(granted=False) | Q(type="ADVISORY")
+    marker = markers.marker(1)
+    marks = Q(classid=marker.classid, objsubid=marker.objsubid)
+    wanted = Q(granted=False) | (Q(type="ADVISORY") & ~marks)
     found = PGLock.objects.using(alias).filter(wanted).exclude(activity_id=OwnPid())
     hidden = ExpressionWrapper(Q(activity__query=UNREADABLE), output_field=BooleanField())
     return found.annotate(is_hidden=hidden).values_list(*COLUMNS, "is_hidden", named=True)

@@ -13,7 +13,7 @@ import pytest
 from celery import Celery
 from django.utils import timezone
 
-from celery_pglock import LockMisuse, labels, reports, running_tasks, signals
+from celery_pglock import LockMisuse, labels, markers, reports, running_tasks, signals
 from celery_pglock.keys import key
 from celery_pglock.labels import Holding, Owner
 from celery_pglock.models import KeyState, LockReport, LossCount, PGLock, SkipCount
@@ -205,6 +205,12 @@ def test_the_numbers_are_of_all_locks_but_those_of_the_report_itself(session):
     assert 100 <= told["longest_held"] < 120
     assert 0 <= told["longest_wait"] < 20
     assert (told["using"], told["findings"], told["unread"]) == ("default", [], [])
+
+
+def test_the_marker_of_a_critical_task_is_no_lock_to_count(session):
+    session().does(f"SELECT pg_advisory_lock_shared({markers.CRITICAL}, 5)")
+    session().does("SELECT pg_advisory_lock_shared(1, 5)")
+    assert report()["held"] == 1
 
 
 def test_what_this_role_may_not_read_is_told(session):
