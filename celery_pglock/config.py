@@ -13,7 +13,7 @@ from celery_pglock.durations import Duration, seconds
 from celery_pglock.errors import LockMisuse, did_you_mean
 
 # Named by the reference, built later: refused rather than silently without effect.
-NOT_AVAILABLE = frozenset({"HELD_AFTER", "WAITING_AFTER", "SKIPPED_AFTER", "RETENTION", "VICTIMS"})
+NOT_AVAILABLE = frozenset({"HELD_AFTER", "WAITING_AFTER", "SKIPPED_AFTER", "RETENTION"})
 
 # The settings of django-pglock that stand in for those of ours that are not given.
 OF_DJANGO_PGLOCK = {
@@ -104,6 +104,12 @@ class Settings:
     LIST_LIMIT: int | None = 25
     """How many rows the command shows; ``None`` shows all."""
 
+    VICTIMS: Sequence[str] | None = (
+        "application_name__startswith=celery:",
+        "application_name__startswith=pglock:",
+    )
+    """Filters on ``PGActivity``: whom any of them finds may be stopped for a critical task; ``None``: all."""
+
     @property
     def lease(self) -> float:
         """``LEASE`` in seconds."""
@@ -144,6 +150,7 @@ def current() -> Settings:
             f"in another mode session-level locks exclude nobody."
         )
     check_on_lost(settings.ON_LOST, "CELERY_PGLOCK['ON_LOST']")
+    _check_victims(settings.VICTIMS)
     return settings
 
 
@@ -189,6 +196,15 @@ def chosen(name: str | None, overrides: Mapping[str, Any]) -> Chosen:
     options.setdefault("attributes", settings.BLOCKING_ATTRIBUTES if blocking else settings.ATTRIBUTES)
     options.setdefault("limit", settings.LIST_LIMIT)
     return Chosen(**options)
+
+
+def _check_victims(given: Any) -> None:
+    is_list = isinstance(given, Sequence) and not isinstance(given, str)
+    if given is not None and not (is_list and all(isinstance(one, str) for one in given)):
+        raise LockMisuse(
+            f"CELERY_PGLOCK['VICTIMS'] must be a list of filters such as "
+            f"['application_name__startswith=celery:'], or None for everybody, not {given!r}."
+        )
 
 
 def check_on_lost(given: Any, where: str) -> None:

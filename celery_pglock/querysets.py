@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from django.db.models import BigIntegerField, Func, Model, Q, QuerySet, TextField, Value
+from django.db.models import BigIntegerField, Func, IntegerField, Model, Q, QuerySet, TextField, Value
 from django.db.models.functions import Cast
 
 from celery_pglock import backends, config
@@ -29,6 +29,13 @@ class RelationOf(Func):
     function = "to_regclass"
     template = "%(function)s(%(expressions)s)::oid"
     output_field = BigIntegerField()
+
+
+class OwnPid(Func):
+    """The backend that is asked."""
+
+    function = "pg_backend_pid"
+    output_field = IntegerField()
 
 
 class ViewQuerySet(QuerySet[M]):
