@@ -22,6 +22,7 @@ from celery_pglock.models import BlockedPGLock, PGActivity, PGLock
 from celery_pglock.pool import pool
 from celery_pglock.printed_texts import one_line
 from celery_pglock.querysets import OwnPid
+from celery_pglock.trees import PREPARED
 
 logger = logging.getLogger(__name__)
 
@@ -388,7 +389,7 @@ class _Tasks:
         pid, activity = row.blocking_activity_id, row.blocking_activity
         priority = self._priorities.get(_task_or_pid(pid, activity), 0)
         if pid is None:
-            return "a transaction that was prepared has no backend: see pg_prepared_xacts"
+            return "it has no backend"
         if row.is_own or pid in self._leased:
             return "it is a session of whoever clears the way"
         if activity is None:
@@ -419,8 +420,9 @@ class _Tasks:
     def _words(self, row: Any) -> str:
         pid, activity = row.blocking_activity_id, row.blocking_activity
         who = _task_or_pid(pid, activity)
-        words = wordings.backend(activity, self._names.get(who, ""))
-        return words if activity is None and pid is None else f"backend {pid}: {words}"
+        if isinstance(who, str):
+            return _who(self._names.get(who, ""), who, 0)
+        return PREPARED if pid is None else f"backend {pid}: {wordings.backend(activity)}"
 
 
 def _task_or_pid(pid: int | None, activity: Any) -> TaskOrPid:
