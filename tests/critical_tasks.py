@@ -20,6 +20,7 @@ LONG = 60
 
 CRITICAL = 5
 
+app.conf.worker_max_tasks_per_child = int(os.environ.get("TASKS_PER_CHILD", "1000"))
 app.conf.task_routes = {prioritize_critical_tasks.name: {"queue": "critical-own-queue"}}
 app.conf.beat_schedule = {
     "prioritize critical tasks": {
@@ -32,9 +33,9 @@ app.conf.beat_schedule = {
 
 
 class EverySecond(PrioritizeCriticalTasks):
-    interval = 1
-    min_wait = 0.5
-    grace = float(os.environ.get("GRACE", "0.2"))
+    interval = float(os.environ.get("INTERVAL", "1"))
+    min_wait = float(os.environ.get("MIN_WAIT", "0.5"))
+    grace = 0.2
     max_victims = int(os.environ.get("MAX_VICTIMS", "5"))
 
 
@@ -99,9 +100,15 @@ def holds_in_a_transaction(self, key, way="ask_postgresql"):
     return work(self, key, way)
 
 
-@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_priority=CRITICAL)
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_timeout=1, lock_priority=CRITICAL)
 def as_critical_holds(self, key, way="sleep"):
     return work(self, key, way)
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_timeout=LONG, lock_side_effect=Skip("no"))
+def waits_its_turn(self, key):
+    note(self, key, "begins")
+    return "done"
 
 
 @app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_timeout=LONG, lock_priority=CRITICAL)

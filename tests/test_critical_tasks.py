@@ -11,19 +11,19 @@ import time
 from contextlib import contextmanager
 from datetime import timedelta
 
+import psycopg
 import pytest
 from celery import states
 from django.core.management import call_command
-from django.db import connection
+from django.db import connection, connections
 from django.test.utils import modify_settings
 
 from celery_pglock import LockMisuse, Preempted, clearances, config
-from celery_pglock.bootsteps import PrioritizeCriticalTasks
 from celery_pglock.checks import settings_can_work, tasks_can_work
 from celery_pglock.config import Chosen
 from celery_pglock.inquiries import listing
 from celery_pglock.markers import marker
-from celery_pglock.models import Act, BlockedPGLock, KeyState, LossCount, PGActivity
+from celery_pglock.models import Act, BlockedPGLock, KeyState, LossCount, PGActivity, PGLock
 from celery_pglock.tasks import prioritize_critical_tasks
 from celery_pglock.testing import held_elsewhere
 from tests.bystanders import bystanders
@@ -37,8 +37,10 @@ from tests.critical_tasks import (
     holds_in_a_transaction,
     holds_or_skips,
     more_critical,
+    waits_its_turn,
 )
 from tests.models import Entry
+from tests.servers import Cluster
 
 TABLE = KeyState._meta.db_table
 LOCK_TABLE = f"LOCK TABLE {TABLE} IN ACCESS EXCLUSIVE MODE"
@@ -80,7 +82,7 @@ def somebody(transactional_db):
 
 
 @pytest.fixture
-def rows_of_tasks(transactional_db):
+def a_row(transactional_db):
     """A row that somebody may lock."""
     return Entry.objects.create(key="row", task_id="", what="begins")
 
@@ -110,15 +112,16 @@ def who(entries):
 
 
 class TestInPrefork:
-    @pytest.mark.parametrize("task", [holds, holds_in_a_transaction])
-    @pytest.mark.parametrize("way", ["sleep", "ask_postgresql"])
+    # What only sleeps in a transaction, nobody can interrupt.
+    @pytest.mark.parametrize(
+        ("task", "way"),
+        [(holds, "sleep"), (holds, "ask_postgresql"), (holds_in_a_transaction, "ask_postgresql")],
+    )
     def test_a_task_that_holds_a_critical_key_is_stopped_and_comes_back(self, send, task, way):
-        if (task, way) == (holds_in_a_transaction, "sleep"):
-            pytest.skip("nobody can interrupt what only sleeps in a transaction")
         victim = send(task, "k", way)
-        wait_until(lambda: victim.state == states.STARTED)
-        wait_until(lambda: PGActivity.objects.filter(application_name__endswith=victim.id).exists())
-        begun("k") if task is holds else waiting(0)
+        wait_until(lambda: sees_lock_on_key(victim))
+        if way == "ask_postgresql":
+            wait_until(lambda: is_asking())
         result = send(critical, "k")
         waiting()
         (stopped,) = clear()["stopped"]
@@ -136,7 +139,7 @@ class TestInPrefork:
     def test_a_task_whose_transaction_holds_a_table_is_stopped_and_comes_back(self, send):
         victim = send(holds, "k", "lock_the_table")
         begun("k")
-        wait_until(lambda: send_is_locking(victim))
+        wait_until(lambda: is_locking(victim))
         result = send(critical_reader)
         waiting()
         assert [one["task_id"] for one in clear()["stopped"]] == [victim.id]
@@ -144,7 +147,7 @@ class TestInPrefork:
         reached(victim, states.RETRY)
         assert victim.get(timeout=10) == "done"
 
-    def test_an_outsider_who_holds_a_row_is_spared_and_told(self, send, rival, rows_of_tasks, caplog):
+    def test_an_outsider_who_holds_a_row_is_spared_and_told(self, send, rival, a_row, caplog):
         rival.connection.execute("BEGIN; SELECT FROM tests_entry FOR UPDATE")
         result = send(critical_writer, "row")
         waiting()
@@ -157,7 +160,7 @@ class TestInPrefork:
         assert result.get(timeout=5) == 1
 
     def test_an_outsider_who_holds_a_row_is_stopped_where_that_is_allowed(
-        self, send, somebody, rows_of_tasks, pglock_settings
+        self, send, somebody, a_row, pglock_settings
     ):
         pglock_settings(VICTIMS=["application_name=report", "application_name__startswith=celery:"])
         report = somebody("report")
@@ -190,6 +193,17 @@ class TestInPrefork:
         assert victim.get(timeout=15) == "done"
         assert result.get(timeout=5) == "through"
 
+    def test_a_task_that_only_waits_ahead_comes_back_too(self, send, rival):
+        rival.take("k", shared=True)
+        ahead = send(waits_its_turn, "k")
+        waiting()
+        result = send(critical, "k")
+        waiting(2)
+        assert [one["task_id"] for one in clear()["stopped"]] == [ahead.id]
+        rival.give_back("k", shared=True)
+        assert result.get(timeout=5) == "through"
+        assert ahead.get(timeout=10) == "done"
+
     def test_whoever_goes_on_after_the_cancelling_is_terminated_when_the_grace_is_over(self, send):
         victim = send(holds, "k", "ignore_errors")
         begun("k")
@@ -221,7 +235,7 @@ class TestInPrefork:
     def test_the_work_connection_of_a_task_that_is_as_critical_is_left_alone(self, send):
         victim = send(as_critical_holds, "k", "lock_the_table")
         begun("k")
-        wait_until(lambda: send_is_locking(victim))
+        wait_until(lambda: is_locking(victim))
         result = send(critical_reader)
         waiting()
         summary = clear()
@@ -244,7 +258,15 @@ class TestInPrefork:
         assert "Error calling count_loss" not in send.worker.log
 
 
-def send_is_locking(result):
+def sees_lock_on_key(result):
+    return PGLock.objects.filter(task_id=result.id, type="ADVISORY", granted=True).exists()
+
+
+def is_asking():
+    return PGActivity.objects.filter(query__startswith="SELECT pg_sleep", state="ACTIVE").exists()
+
+
+def is_locking(result):
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) WHERE a.application_name = %s"
@@ -397,22 +419,6 @@ class TestWhoIsStopped:
         assert len(clear()["stopped"]) == 1
         assert is_there(blocker) == [False]
 
-    def test_a_transaction_that_was_prepared_is_told(self, somebody, pglock_settings):
-        with connection.cursor() as cursor:
-            cursor.execute("SHOW max_prepared_transactions")
-            if cursor.fetchone() == ("0",):
-                pytest.skip("this server prepares no transactions")
-        pglock_settings(VICTIMS=None)
-        blocker, waiter = somebody("celery:b"), somebody("celery:c", 1)
-        blocker.does("BEGIN", LOCK_TABLE, "PREPARE TRANSACTION 'critical'")
-        try:
-            waiter.waits(READ_TABLE)
-            summary = clear()
-        finally:
-            blocker.does("ROLLBACK PREPARED 'critical'")
-        assert (summary["stopped"], summary["spared"][0]["pid"]) == ([], None)
-        assert summary["spared"][0]["reason"] == "it has no backend"
-
     def test_maintenance_is_spared(self, somebody, pglock_settings):
         pglock_settings(VICTIMS=None)
         blocker, waiter = somebody("celery:b"), somebody("celery:c", 1)
@@ -521,7 +527,8 @@ class TestWhoIsStopped:
         assert "this role may not" in summary["spared"][0]["reason"]
         assert is_there(blocker, stranger) == [False, True]
 
-    def test_one_runner_at_a_time(self, somebody):
+    @pytest.mark.django_db(transaction=True, databases=["default", "locks"])
+    def test_one_runner_at_a_time_looks_after_an_alias(self, somebody):
         blocker = somebody("celery:b")
         blocker.take(7)
         somebody("celery:c", 1).waits("SELECT pg_advisory_lock(7)")
@@ -534,6 +541,32 @@ class TestWhoIsStopped:
         caplog.set_level(logging.INFO, "celery_pglock")
         clear()
         assert caplog.text == ""
+
+
+def test_a_transaction_that_was_prepared_is_told(monkeypatch, django_db_blocker):
+    from example_project import servers
+
+    monkeypatch.setitem(servers.POSTGRESQL_SETTINGS, "max_prepared_transactions", "2")
+    locks = connections["locks"]
+    with Cluster() as cluster, django_db_blocker.unblock():
+        here = {"HOST": "127.0.0.1", "PORT": str(cluster.port), "NAME": "postgres", "USER": "postgres"}
+        locks.close()
+        for name, value in here.items():
+            monkeypatch.setitem(locks.settings_dict, name, value)
+        try:
+            call_command("migrate", "celery_pglock", database="locks", verbosity=0)
+            with bystanders("locks") as make:
+                waiter, blocker = make(application_name="celery:c"), make(application_name="celery:b")
+                waiter.take(marker(1), shared=True)
+                blocker.does("BEGIN", LOCK_TABLE, "PREPARE TRANSACTION 'critical'")
+                waiter.waits(READ_TABLE)
+                summary = terms(using="locks").clear()
+                blocker.does("ROLLBACK PREPARED 'critical'")
+        finally:
+            locks.close()
+    assert (summary["stopped"], summary["spared"][0]["pid"]) == ([], None)
+    assert summary["spared"][0]["who"] == "a transaction that was prepared (see pg_prepared_xacts)"
+    assert summary["spared"][0]["reason"] == "it has no backend"
 
 
 def terms(**options):
@@ -626,15 +659,17 @@ class TestWhatIsRefused:
 
         app = Celery("checked", set_as_current=False)
         monkeypatch.setattr("celery_pglock.checks.current_app", app)
+
+        def work():
+            pass
+
         for name, timeout, priority in (("a", 0, 1), ("b", 30, 1), ("c", 0, 0), ("d", None, 1)):
-            app.task(base=AdvisoryTask, name=name, lock_timeout=timeout, lock_priority=priority)(lambda: None)
-        app.task(base=AdvisoryTask, name="e", lock_priority=1)(lambda: None)
-        assert [(found.id, found.obj) for found in tasks_can_work()] == [
-            ("celery_pglock.W002", "a"),
-            ("celery_pglock.W002", "e"),
-        ]
+            app.task(base=AdvisoryTask, name=name, lock_timeout=timeout, lock_priority=priority)(work)
+        app.task(base=AdvisoryTask, name="e", lock_priority=1)(work)
+        found = [(one.id, one.obj) for one in tasks_can_work()]
+        assert found == [("celery_pglock.W002", "a"), ("celery_pglock.W002", "e")]
         pglock_settings(TIMEOUT=30)
-        assert [found.obj for found in tasks_can_work()] == ["a"]
+        assert [one.obj for one in tasks_can_work()] == ["a"]
 
 
 def test_markers_are_not_listed_unless_they_are_asked_for(somebody):
@@ -673,7 +708,7 @@ def test_all_slots_full_of_blocked_critical_tasks_are_freed_by_beat_and_a_queue_
     ):
         victim = holds.apply_async(["k", "lock_the_table"], queue="main")
         begun("k")
-        wait_until(lambda: send_is_locking(victim))
+        wait_until(lambda: is_locking(victim))
         blocked = [critical_reader.apply_async(queue="main") for _ in range(4)]
         waiting(2)
         with running_beat(tmp_path):
@@ -683,23 +718,82 @@ def test_all_slots_full_of_blocked_critical_tasks_are_freed_by_beat_and_a_queue_
         assert f"in the way of {critical_reader.name}" in own.log
 
 
-@pytest.mark.parametrize("pool", ["prefork", "solo", "threads"])
-def test_blocked_critical_tasks_are_freed_by_a_bootstep(rival, pool):
-    with running_worker("lone", pool=pool, concurrency=2, TASKS="critical_tasks", BOOTSTEP="1") as worker:
-        if pool == "solo":
-            rival.connection.execute("SET application_name = 'celery:elsewhere'")
-        else:
-            victim = holds.apply_async(["k", "ask_postgresql"], queue="lone")
-            begun("k")
-        if pool == "solo":
-            rival.take("k")
-        blocked = [critical.apply_async(["k"], queue="lone") for _ in range(2)]
-        assert [result.get(timeout=15) for result in blocked] == ["through"] * 2
-        if pool != "solo":
-            assert victim.get(timeout=10) == "done"
-        assert set(Act.objects.values_list("through", flat=True)) == {"bootstep"}
-        began = time.monotonic()
-        worker.process.send_signal(signal.SIGTERM)
-        worker.process.wait(10)
-        assert time.monotonic() - began < 8
-        assert "Traceback" not in worker.log.split("Warm shutdown")[-1]
+@contextmanager
+def running_bootstep(**options):
+    with running_worker("lone", TASKS="critical_tasks", BOOTSTEP="1", **options) as worker:
+        yield worker
+
+
+def ends_in_time(worker):
+    began = time.monotonic()
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.process.wait(10) == 0
+    return time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_all_slots_full_of_blocked_critical_tasks_are_freed_by_a_bootstep(rival, pool):
+    with running_bootstep(pool=pool, concurrency=2) as worker:
+        victim = holds.apply_async(["k", "ask_postgresql"], queue="lone")
+        begun("k")
+        blocked = [critical.apply_async(["k"], queue="lone") for _ in range(3)]
+        assert [result.get(timeout=15) for result in blocked] == ["through"] * 3
+        assert victim.get(timeout=10) == "done"
+        assert set(Act.objects.values_list("through", "by")) == {("bootstep", prioritize_critical_tasks.name)}
+        assert ends_in_time(worker)
+
+
+def test_a_worker_whose_only_thread_is_blocked_frees_itself_by_a_bootstep(somebody):
+    blocker = somebody("celery:elsewhere")
+    blocker.take("k")
+    with running_bootstep(pool="solo") as worker:
+        assert critical.apply_async(["k"], queue="lone").get(timeout=15) == "through"
+        assert is_there(blocker) == [False]
+        assert ends_in_time(worker)
+
+
+def test_a_bootstep_is_there_again_when_postgresql_is(somebody):
+    blocker = somebody("celery:elsewhere")
+    blocker.take("k")
+    with running_bootstep(MIN_WAIT="4") as worker, psycopg.connect(**elsewhere(), autocommit=True) as boss:
+        result = critical.apply_async(["k"], queue="lone")
+        waiting()
+        name = connection.settings_dict["NAME"]
+        boss.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+        try:
+            wait_until(lambda: "is not cleared this time" in worker.log)
+        finally:
+            boss.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+        assert result.get(timeout=15) == "through"
+        assert "Traceback" not in worker.log
+
+
+def elsewhere():
+    parameters = {**connection.get_connection_params(), "dbname": "postgres"}
+    return {name: parameters[name] for name in ("host", "port", "user", "dbname")}
+
+
+def test_children_that_are_forked_while_a_bootstep_looks_do_it_no_harm(somebody):
+    with running_bootstep(concurrency=2, INTERVAL="0.01", TASKS_PER_CHILD="1") as worker:
+        results = [critical.apply_async([f"{number}"], queue="lone") for number in range(5)]
+        assert [result.get(timeout=20) for result in results] == ["through"] * 5
+        blocker = somebody("celery:elsewhere")
+        blocker.take("k")
+        assert critical.apply_async(["k"], queue="lone").get(timeout=15) == "through"
+        assert "Traceback" not in worker.log
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"INTERVAL": "0"}, "EverySecond: interval must be more than 0 seconds"),
+        ({"MAX_VICTIMS": "0"}, "max_victims=...) must be an int of 1 or more, not 0"),
+        ({"PGLOCK_SETTINGS": '{"VICTIMS": ["name=x"]}'}, "VICTIMS"),
+    ],
+)
+def test_a_bootstep_that_cannot_work_keeps_its_worker_from_starting(transactional_db, variables, message):
+    with pytest.raises(AssertionError) as refused, running_bootstep(**variables):
+        pass
+    assert "exit code 1" in str(refused.value)
+    assert message in str(refused.value)
+    assert "Traceback" not in str(refused.value)
