@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeAlias
@@ -221,12 +221,13 @@ def check_victims() -> None:
 def look(alias: str, min_wait: float) -> Situation:
     """Who has waited for that long, and who is in the way."""
     with looking(alias):
-        critical = _priorities(alias)
-        rows = _waits(alias, critical, timedelta(seconds=min_wait)) if critical else []
+        critical = _markers(alias)
+        pids = {pid for pid, _ in critical}
+        rows = _waits(alias, pids, timedelta(seconds=min_wait)) if pids else []
         if not rows:
             return Situation()
         # Read once more: whoever is in the way has told by now whether he is critical himself.
-        tasks = _Tasks(alias, critical | _priorities(alias))
+        tasks = _Tasks(alias, critical | _markers(alias))
         ahead = _those_who_only_wait(alias, rows)
         allowed = _allowed(alias, rows)
     waiters = {row.pk: tasks.waiter(row) for row in rows}
@@ -355,7 +356,7 @@ def _session(activity: Any) -> Session:
 class _Tasks:
     """Which sessions work for which tasks, and how critical those are, as it was read once."""
 
-    def __init__(self, alias: str, priorities: Mapping[Any, Any]) -> None:
+    def __init__(self, alias: str, critical: Iterable[tuple[int, int]]) -> None:
         ours = Q(application_name__startswith=f"{labels.LOCK_SESSION}:")
         ours |= Q(application_name__startswith=f"{labels.WORK_CONNECTION}:")
         activities = {one.pk: one for one in PGActivity.objects.using(alias).filter(ours)}
@@ -368,7 +369,7 @@ class _Tasks:
             self._activities.setdefault(_task_or_pid(pid, activity), []).append(activity)
             if pid in names:
                 self._names[_task_or_pid(pid, activity)] = names[pid]
-        for pid, priority in priorities.items():
+        for pid, priority in critical:
             who = _task_or_pid(pid, activities.get(pid))
             self._priorities[who] = max(priority, self._priorities.get(who, 0))
         self._leased = {session.backend_pid for session in pool().leased.values()}
@@ -430,13 +431,13 @@ def _task_or_pid(pid: int | None, activity: Any) -> TaskOrPid:
     return task_id or pid or 0
 
 
-def _priorities(alias: str) -> dict[Any, Any]:
-    """The highest marker of each backend that has any."""
+def _markers(alias: str) -> set[tuple[Any, Any]]:
+    """The backends that run critical tasks, with their priorities."""
     one = markers.marker(1)
     found = PGLock.objects.using(alias).filter(
         type="ADVISORY", classid=one.classid, objsubid=one.objsubid, granted=True, activity_id__isnull=False
     )
-    return dict(found.order_by("objid").values_list("activity_id", "objid"))
+    return set(found.values_list("activity_id", "objid"))
 
 
 def _waits(alias: str, pids: Iterable[int], least: timedelta) -> list[Any]:
@@ -508,7 +509,8 @@ def _log(
         else:
             logger.log(logging.ERROR if treatment.errors else logging.INFO, "Did not stop %s", treatment)
     for spared in found.spared:
+        # Critical tasks may wait for each other, look by look: nobody need do anything about it.
         is_expected = spared.reason.startswith(AS_CRITICAL)
-        logger.log(logging.INFO if is_expected else logging.ERROR, "%s", spared)
+        logger.log(logging.DEBUG if is_expected else logging.ERROR, "%s", spared)
     if left:
         logger.warning("%d more are in the way of critical tasks, and have their turn next", len(left))

@@ -18,7 +18,7 @@ from django.core.management import call_command
 from django.db import connection, connections
 from django.test.utils import modify_settings
 
-from celery_pglock import LockMisuse, Preempted, clearances, config
+from celery_pglock import LockMisuse, Preempted, advisory, clearances, config
 from celery_pglock.checks import settings_can_work, tasks_can_work
 from celery_pglock.config import Chosen
 from celery_pglock.inquiries import listing
@@ -380,7 +380,8 @@ class TestWhoIsStopped:
 
     def test_a_higher_priority_of_any_session_of_the_waiter_counts(self, somebody):
         blocker, lock = somebody("celery:b", 5), somebody("pglock:c")
-        somebody("celery:c", 6)
+        for priority in (2, 6, 3, 4):
+            somebody("celery:c", priority)
         lock.take(marker(1), shared=True)
         blocker.take(7)
         lock.waits("SELECT pg_advisory_lock(7)")
@@ -438,7 +439,7 @@ class TestWhoIsStopped:
         assert is_there(blocker) == [True]
 
     def test_those_who_hold_come_before_those_who_only_wait_ahead(self, somebody):
-        holder, ahead, waiter = somebody("celery:z"), somebody("celery:a"), somebody("celery:c", 1)
+        ahead, holder, waiter = somebody("celery:a"), somebody("celery:z"), somebody("celery:c", 1)
         holder.take(7)
         ahead.waits("SELECT pg_advisory_lock(7)")
         waiter.waits("SELECT pg_advisory_lock(7)")
@@ -446,7 +447,7 @@ class TestWhoIsStopped:
         assert (who(summary["stopped"]), who(summary["left"])) == (["task [z]"], ["task [a]"])
 
     def test_one_who_holds_and_waits_for_more_of_it_comes_first_too(self, somebody):
-        holder, ahead, waiter = somebody("celery:z"), somebody("celery:a"), somebody("celery:c", 1)
+        ahead, holder, waiter = somebody("celery:a"), somebody("celery:z"), somebody("celery:c", 1)
         for one in (holder, somebody("celery:y", 1)):
             one.take(7, shared=True)
         holder.waits("SELECT pg_advisory_lock(7)")
@@ -466,12 +467,50 @@ class TestWhoIsStopped:
         work, lock, waiter = somebody("celery:b"), somebody("pglock:b"), somebody("celery:c", 1)
         lock.take(7)
         waiter.waits("SELECT pg_advisory_lock(7)")
+        work.sends("SELECT pg_sleep(0.5)")
+        wait_until(is_asking)
         found = clearances.look("default", 0)
+        work.answers()
         for one, name in ((work, "celery:next"), (lock, "pglock:next")):
             one.does(f"SET application_name = '{name}'")
+        work.sends("SELECT pg_sleep(60)")
+        wait_until(is_asking)
         (treatment,) = clearances.stop(found.blockers, terms())
-        assert not treatment.is_done
+        assert [(one.action, one.stop.outcome) for one in treatment.tries] == [("cancel", "gone")]
+        assert work.is_busy
         assert is_there(work, lock) == [True, True]
+
+    def test_of_two_sessions_the_one_that_is_another_tasks_by_now_is_not_stopped(self, somebody):
+        work, lock, waiter = somebody("celery:b"), somebody("pglock:b"), somebody("celery:c", 1)
+        lock.take(7)
+        waiter.waits("SELECT pg_advisory_lock(7)")
+        found = clearances.look("default", 0)
+        work.does("SET application_name = 'celery:next'")
+        clearances.stop(found.blockers, terms())
+        assert is_there(work, lock) == [True, False]
+
+    def test_whoever_looks_spares_himself(self, somebody, pglock_settings):
+        pglock_settings(VICTIMS=None)
+        with advisory(7), connection.cursor() as cursor:
+            cursor.execute("SELECT pg_advisory_lock(8)")
+            for number in (7, 8):
+                somebody(f"celery:c{number}", 1).waits(f"SELECT pg_advisory_lock({number})")
+            summary = clear()
+            cursor.execute("SELECT pg_advisory_unlock(8)")
+        assert summary["stopped"] == []
+        assert [one["reason"] for one in summary["spared"]] == [
+            "it is a session of whoever clears the way"
+        ] * 2
+
+    def test_whoever_is_in_another_database_is_spared(self, somebody, pglock_settings):
+        pglock_settings(VICTIMS=None)
+        stranger, waiter = somebody("celery:b", dbname="postgres"), somebody("celery:c", 1)
+        stranger.does("BEGIN", "LOCK TABLE pg_shseclabel IN ACCESS EXCLUSIVE MODE")
+        waiter.waits("SELECT count(*) FROM pg_shseclabel")
+        summary = clear()
+        stranger.does("ROLLBACK")
+        assert summary["stopped"] == []
+        assert [one["reason"] for one in summary["spared"]] == ["it is not of this database, or has ended"]
 
     def test_a_task_that_is_out_of_the_way_is_not_stopped(self, somebody):
         work, lock, waiter = somebody("celery:b"), somebody("pglock:b"), somebody("celery:c", 1)
@@ -731,7 +770,7 @@ def ends_in_time(worker):
     return time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
 def test_all_slots_full_of_blocked_critical_tasks_are_freed_by_a_bootstep(rival, pool):
     with running_bootstep(pool=pool, concurrency=2) as worker:
         victim = holds.apply_async(["k", "ask_postgresql"], queue="lone")
