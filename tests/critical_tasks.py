@@ -125,7 +125,7 @@ def more_critical(self, key):
 
 
 @app.task(
-    base=AdvisoryTask, lock_key="critical reader", lock_limit=20, lock_timeout=1, lock_priority=CRITICAL
+    base=AdvisoryTask, lock_key="critical reader", lock_shared=True, lock_timeout=1, lock_priority=CRITICAL
 )
 def critical_reader():
     return KeyState.objects.count()

@@ -379,8 +379,8 @@ class TestWhoIsStopped:
         assert is_there(work, lock) == [True, True]
 
     def test_a_higher_priority_of_any_session_of_the_waiter_counts(self, somebody):
-        blocker, lock = somebody("celery:b", 5), somebody("pglock:c")
-        for priority in (2, 6, 3, 4):
+        blocker, lock = somebody("celery:b", 9), somebody("pglock:c")
+        for priority in (2, 10, 3, 4, 5, 6, 7, 8):
             somebody("celery:c", priority)
         lock.take(marker(1), shared=True)
         blocker.take(7)
@@ -689,6 +689,12 @@ class TestWhatIsRefused:
     def test_its_door_opens_without_the_app(self):
         code = "import django; from django.conf import settings; settings.configure(); django.setup()"
         code += "; from celery_pglock.tasks import prioritize_critical_tasks; import celery_pglock.bootsteps"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_a_project_whose_own_tasks_need_no_lock_session_is_not_asked_for_one(self):
+        code = "import django; django.setup(); from celery import Celery; import celery_pglock.tasks"
+        code += "; from celery_pglock.task_options import session_level_aliases"
+        code += "; assert session_level_aliases(Celery('project')) == {}"
         subprocess.run([sys.executable, "-c", code], check=True)
 
     def test_a_critical_task_that_does_not_wait_is_warned_of(self, monkeypatch, pglock_settings):
