@@ -13,9 +13,6 @@ from django.db import connections
 from celery_pglock.durations import Duration, seconds
 from celery_pglock.errors import LockMisuse, did_you_mean
 
-# Named by the reference, built later: refused rather than silently without effect.
-NOT_AVAILABLE = frozenset({"VICTIMS"})
-
 # The settings of django-pglock that stand in for those of ours that are not given.
 OF_DJANGO_PGLOCK = {
     "ATTRIBUTES": "PGLOCK_ATTRIBUTES",
@@ -113,6 +110,12 @@ class Settings:
     RETENTION: Duration = timedelta(days=30)
     """How long reports and hourly counts are kept, in seconds; ``None`` keeps them for ever."""
 
+    VICTIMS: Sequence[str] | None = (
+        "application_name__startswith=celery:",
+        "application_name__startswith=pglock:",
+    )
+    """Filters on ``PGActivity``: whom any of them finds may be stopped for a critical task; ``None``: all."""
+
     @property
     def lease(self) -> float:
         """``LEASE`` in seconds."""
@@ -126,8 +129,6 @@ def current() -> Settings:
         raise LockMisuse(f"The setting CELERY_PGLOCK must be a dict, not {given!r}.")
     known = [setting.name for setting in fields(Settings)]
     for name in given:
-        if name in NOT_AVAILABLE:
-            raise LockMisuse(f"CELERY_PGLOCK[{name!r}] is not available in this version; remove it.")
         if name not in known:
             raise LockMisuse(f"CELERY_PGLOCK has no key {name!r}.{did_you_mean(str(name), known)}")
     theirs = {
@@ -161,6 +162,7 @@ def current() -> Settings:
             f"CELERY_PGLOCK['RETENTION'] must be longer than 0 seconds, or None to keep everything, not "
             f"{settings.RETENTION!r}."
         )
+    _check_victims(settings.VICTIMS)
     return settings
 
 
@@ -206,6 +208,15 @@ def chosen(name: str | None, overrides: Mapping[str, Any]) -> Chosen:
     options.setdefault("attributes", settings.BLOCKING_ATTRIBUTES if blocking else settings.ATTRIBUTES)
     options.setdefault("limit", settings.LIST_LIMIT)
     return Chosen(**options)
+
+
+def _check_victims(given: Any) -> None:
+    is_list = isinstance(given, Sequence) and not isinstance(given, str)
+    if given is not None and not (is_list and all(isinstance(one, str) for one in given)):
+        raise LockMisuse(
+            f"CELERY_PGLOCK['VICTIMS'] must be a list of filters such as "
+            f"['application_name__startswith=celery:'], or None for everybody, not {given!r}."
+        )
 
 
 def check_on_lost(given: Any, where: str) -> None:

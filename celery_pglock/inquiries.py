@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
-from django.db.models import BooleanField, Count, ExpressionWrapper, F, Func, IntegerField, Q, Window
+from django.db.models import BooleanField, Count, ExpressionWrapper, F, Q, Window
 
 from celery_pglock import config, labels
 from celery_pglock.config import Chosen
@@ -19,25 +19,19 @@ from celery_pglock.locks import advisory
 from celery_pglock.looks import looking
 from celery_pglock.models import BlockedPGLock, PGActivity, PGLock
 from celery_pglock.printed_texts import in_json, one_line
+from celery_pglock.querysets import IS_MARKER, OwnPid
 from celery_pglock.trees import Cycle, Obstacle, Pid, Tree, Waits
 from celery_pglock.wordings import UNREADABLE
 
 INT = re.compile(r"0|-?[1-9][0-9]*")
 PAIR = re.compile(r"\(\s*(0|-?[1-9][0-9]*)\s*,\s*(0|-?[1-9][0-9]*)\s*\)")
 # The locks by which transactions can be waited for: each holds those on itself, and mostly nobody waits.
-OF_EVERY_TRANSACTION = Q(granted=True, type__in=("VIRTUALXID", "TRANSACTIONID"))
+NOT_WAITED_FOR = IS_MARKER | Q(granted=True, type__in=("VIRTUALXID", "TRANSACTIONID"))
 
 IN_QUOTES = re.compile(r"""(["'])(.*)\1""", re.DOTALL)
 
 Rows: TypeAlias = Any
 """A queryset of ``PGLock`` or ``BlockedPGLock``."""
-
-
-class OwnPid(Func):
-    """The backend that is asked."""
-
-    function = "pg_backend_pid"
-    output_field = IntegerField()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +106,7 @@ def listing(chosen: Chosen) -> Listing:
         .values(*chosen.attributes, "rows_in_all", "is_unreadable")
     )
     if not (chosen.blocking or chosen.pids or chosen.on or chosen.filters):
-        found = found.exclude(OF_EVERY_TRANSACTION)
+        found = found.exclude(NOT_WAITED_FOR)
     with looking(str(chosen.database)):
         shown = list(found if chosen.limit is None else found[: chosen.limit])
     return Listing(

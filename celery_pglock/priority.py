@@ -32,7 +32,16 @@ logger = logging.getLogger(__name__)
 LAST_LOOK = 15.0
 
 # PostgreSQL's own work, which would begin anew; and copies of the database, which others depend on.
-NEVER_STOPPED = ("AUTOVACUUM_WORKER", "BACKGROUND_WORKER", "WALSENDER", "LOGICAL_REPLICATION_WORKER")
+# Since PostgreSQL 17 workers of logical replication have types of their own.
+NEVER_STOPPED = (
+    "AUTOVACUUM_WORKER",
+    "BACKGROUND_WORKER",
+    "WALSENDER",
+    "LOGICAL_REPLICATION_WORKER",
+    "LOGICAL_REPLICATION_APPLY_WORKER",
+    "LOGICAL_REPLICATION_TABLESYNC_WORKER",
+    "LOGICAL_REPLICATION_PARALLEL_WORKER",
+)
 
 WHO_AM_I = "SELECT pg_backend_pid(), to_regclass('celery_pglock_blockedpglock') IS NOT NULL"
 

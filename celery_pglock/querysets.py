@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from django.db.models import BigIntegerField, Func, Model, Q, QuerySet, TextField, Value
+from django.db.models import BigIntegerField, Func, IntegerField, Model, Q, QuerySet, TextField, Value
 from django.db.models.functions import Cast
 
-from celery_pglock import backends, config
+from celery_pglock import backends, config, markers
 from celery_pglock.backends import Stop, Victim
 from celery_pglock.errors import LockMisuse
 from celery_pglock.filters import filtered
@@ -18,6 +18,9 @@ from celery_pglock.tables import AnyModel, quoted, tables_of
 # PostgreSQL's pids are int4.
 ENDLESS_PID = 2**31
 MOST_DIGITS = 10
+
+# Locks by which critical tasks mark their backends: nobody ever waits for one.
+IS_MARKER = Q(type="ADVISORY", classid=markers.marker(1).classid, objsubid=markers.marker(1).objsubid)
 
 M = TypeVar("M", bound=Model)
 Self = TypeVar("Self", bound="ViewQuerySet[Any]")
@@ -29,6 +32,13 @@ class RelationOf(Func):
     function = "to_regclass"
     template = "%(function)s(%(expressions)s)::oid"
     output_field = BigIntegerField()
+
+
+class OwnPid(Func):
+    """The backend that is asked."""
+
+    function = "pg_backend_pid"
+    output_field = IntegerField()
 
 
 class ViewQuerySet(QuerySet[M]):

@@ -12,16 +12,16 @@ from django.db import DatabaseError, InterfaceError, connections, router
 from django.db.models import BooleanField, ExpressionWrapper, Q, Sum
 from django.db.models.functions import Now
 
-from celery_pglock import config, inquiries, markers, wordings
+from celery_pglock import config, inquiries, wordings
 from celery_pglock.durations import Duration, seconds
 from celery_pglock.errors import LockMisuse
-from celery_pglock.inquiries import OwnPid
 from celery_pglock.labels import LONGEST_NAME
 from celery_pglock.looks import looking
 from celery_pglock.model_locks import model
 from celery_pglock.models import PGLock, SkipCount
 from celery_pglock.modes import ACCESS_SHARE
 from celery_pglock.printed_texts import in_json, one_line
+from celery_pglock.querysets import IS_MARKER, OwnPid
 from celery_pglock.side_effects import Raise
 from celery_pglock.trees import Backend, Cycle
 from celery_pglock.wordings import UNREADABLE
@@ -214,10 +214,8 @@ def _clock(alias: str) -> datetime:
 
 
 def _rows(alias: str) -> Iterable[Any]:
-    marker = markers.marker(1)
-    marks = Q(classid=marker.classid, objsubid=marker.objsubid)
-    wanted = Q(granted=False) | (Q(type="ADVISORY") & ~marks)
-    found = PGLock.objects.using(alias).filter(wanted).exclude(activity_id=OwnPid())
+    wanted = Q(granted=False) | Q(type="ADVISORY")
+    found = PGLock.objects.using(alias).filter(wanted).exclude(IS_MARKER).exclude(activity_id=OwnPid())
     hidden = ExpressionWrapper(Q(activity__query=UNREADABLE), output_field=BooleanField())
     return found.annotate(is_hidden=hidden).values_list(*COLUMNS, "is_hidden", named=True)
 

@@ -300,5 +300,6 @@ def _finish(this: Run, hold: Hold, held_back: HeldBack, ended_with: BaseExceptio
 
 def _tell_that_it_was_lost(this: Run, loss: str) -> None:
     work_connections.close_what_was_interrupted()
+    work_connections.close_what_is_broken()
     logger.error("%s lost lock %r before it gave it back: %s", this, this.lock.name, loss)
     signals.lock_lost.send_robust(sender=this.task, lock=this.lock, reason=loss)

@@ -81,6 +81,10 @@ class TaskOptions:
         """What happens when the lock's session is lost during the body."""
         return str(current().ON_LOST if self.on_lost is UNSET else self.on_lost)
 
+    def can_wait(self) -> bool:
+        """Whether the task waits in place for its lock."""
+        return seconds(current().TIMEOUT if self.timeout is UNSET else self.timeout, "lock_timeout") != 0
+
     def effect(self) -> SideEffect:
         """What the task does when its lock is taken."""
         if self.side_effect is not UNSET:
@@ -236,10 +240,12 @@ def session_level_aliases(app: Any) -> dict[str, bool]:
     if not current().ENABLED:
         return {}
     app.finalize(auto=True)
-    # Reading a task's app binds the task.
-    # Ours are bound wherever tasks are discovered, and refused when they run: most will not run there.
-    tasks = [task for name, task in app.tasks.items() if task.app and not name.startswith("celery_pglock.")]
-    options = [getattr(task, "_lock_options", None) for task in tasks]
+    # Reading a task's app binds the task. Ours are there in every project, and may never run.
+    options = [
+        getattr(task, "_lock_options", None)
+        for task in app.tasks.values()
+        if task.app and not task.name.startswith("celery_pglock.")
+    ]
     strict_by_alias: dict[str, bool] = {}
     for one in options:
         if isinstance(one, TaskOptions) and not one.xact:

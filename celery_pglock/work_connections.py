@@ -148,6 +148,14 @@ def close_what_was_interrupted() -> None:
             connection.close()
 
 
+def close_what_is_broken() -> None:
+    """Close the connections of this thread that the server has ended, so that the next use opens new ones."""
+    for connection in connections.all(initialized_only=True):
+        is_between = connection.vendor == "postgresql" and not connection.in_atomic_block
+        if is_between and connection.connection is not None and not connection.is_usable():
+            connection.close()
+
+
 def _is_in_the_middle_of_a_statement(connection: Any) -> bool:
     if connection.vendor != "postgresql" or connection.connection is None:
         return False

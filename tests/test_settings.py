@@ -29,12 +29,6 @@ def test_a_misspelt_setting_is_refused_with_a_guess(pglock_settings):
     assert [message.id for message in settings_can_work()] == ["celery_pglock.E001"]
 
 
-def test_a_setting_that_is_not_built_yet_is_refused(pglock_settings):
-    pglock_settings(VICTIMS=[])
-    with pytest.raises(LockMisuse, match="not available in this version"):
-        config.current()
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
