@@ -1,4 +1,5 @@
-# make example   starts servers and workers, sends real work, and shows live what happens
+# make example   starts servers and workers, sends real work, and shows live what happens; SERVE=1 goes on until
+#                Ctrl-C, with the admin to look at, on PORT
 # make test      runs all tests, SIDE_BY_SIDE=2 of them at a time; PG=16 chooses another embedded PostgreSQL, ARGS
 #                go to pytest
 # make check     everything that a change must pass
@@ -12,6 +13,8 @@ PG ?= 18
 ARGS ?=
 SIDE_BY_SIDE ?= 2
 SECONDS ?= 20
+SERVE ?=
+PORT ?=
 MINUTES ?= 30
 MODE ?= strict
 SEED ?=
@@ -45,7 +48,8 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml
 	@touch $@ $(VENV)/.example
 
 example: $(VENV)/.example
-	@$(WITH_SERVERS) $(BIN)/python -m example_project.run --seconds $(SECONDS)
+	@$(WITH_SERVERS) $(BIN)/python -m example_project.run --seconds $(SECONDS) \
+		$(if $(SERVE),--serve) $(if $(PORT),--port $(PORT))
 
 test: $(VENV)/.dev
 	$(WITH_SERVERS) $(BIN)/python -m pytest --cov --numprocesses $(SIDE_BY_SIDE) --dist loadfile $(ARGS)

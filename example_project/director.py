@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from example_project.display import say
-from example_project.processes import WORKERS, Processes
+from example_project.processes import OPERATOR, WORKERS, Processes
 from example_project.scenes import work
 from example_project.watcher import Watcher, everything_has_ended, ready_workers
 
@@ -31,7 +31,8 @@ class Director:
     def perform(self) -> bool:
         """Whether it came to its end: everything was sent, and has ended."""
         self.processes.start_workers()
-        if not self._until(lambda: ready_workers() == len(WORKERS), READY_SECONDS):
+        self.processes.start_site()
+        if not self._until(lambda: ready_workers() == len([*WORKERS, OPERATOR]), READY_SECONDS):
             return False
         self.processes.start_beat()
         started = time.monotonic()

@@ -17,6 +17,9 @@ COLOURS = {
     "retries": "35",
     "skips": "36",
     "fails": "31",
+    "stopped": "31",
+    "stops": "31",
+    "reports": "34",
     OK: "32",
     BROKEN: "1;31",
 }

@@ -16,7 +16,10 @@ TIMES_RUN = {"done": 1, "failed": 1, "skipped": 0}
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one task by the result backend, and how often its body ran by the journal."""
+    """The end of one task by the result backend, and how often its body ran by the journal.
+
+    Runs that were stopped for a critical task do not count.
+    """
 
     task: str
     task_id: str
@@ -34,13 +37,17 @@ class Outcome:
 
 def outcomes() -> list[Outcome]:
     """One for each task that the director or beat sent; a task that comes back stays the same task."""
+    stopped = Counter(Entry.objects.filter(what="stopped").values_list("task_id", flat=True))
     # A body that works on two resources begins on each of them.
     begun = Counter(Entry.objects.filter(what="starts").values_list("task_id", "resource"))
     times_run: dict[str, int] = {}
     for (task_id, _), times in begun.items():
         times_run[task_id] = max(times, times_run.get(task_id, 0))
     sent = Entry.objects.filter(what="sent").values_list("task", "task_id").distinct()
-    return [Outcome(task, task_id, end_of(task_id), times_run.get(task_id, 0)) for task, task_id in sent]
+    return [
+        Outcome(task, task_id, end_of(task_id), times_run.get(task_id, 0) - stopped[task_id])
+        for task, task_id in sent
+    ]
 
 
 def end_of(task_id: str) -> str:

@@ -1,4 +1,4 @@
-"""The workers and beat, as processes of their own."""
+"""The workers, beat and the admin's site, as processes of their own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from django.conf import settings
+
 WORKERS = ("worker-1", "worker-2")
 CHILDREN = 8
+# What frees critical tasks must not wait behind them.
+OPERATOR = "operator"
 
 # What runs may end by itself, its wait for a lock included, before it is killed.
 STOP_SECONDS = 15.0
@@ -21,10 +25,12 @@ PROJECT = Path(__file__).parent.parent
 
 
 class Processes:
-    """The workers and beat; leaving the block stops what still runs."""
+    """The workers, beat and the site; leaving the block stops what still runs."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, port: int) -> None:
         self.logs = logs
+        self.port = port
+        self.site: list[subprocess.Popen[bytes]] = []
         self.workers: list[subprocess.Popen[bytes]] = []
         self.beat: list[subprocess.Popen[bytes]] = []
 
@@ -32,6 +38,13 @@ class Processes:
         options = ["--concurrency", str(CHILDREN), "--without-gossip", "--without-mingle"]
         for name in WORKERS:
             self.workers.append(self._celery(name, "worker", "--hostname", f"{name}@%h", *options))
+        queue = ["--queues", settings.OPERATIONS, "--concurrency", "1", *options[2:]]
+        self.workers.append(self._celery(OPERATOR, "worker", "--hostname", f"{OPERATOR}@%h", *queue))
+
+    def start_site(self) -> None:
+        # Without --insecure Django serves static files only while it is being debugged.
+        options = ["--noreload", "--insecure", f"127.0.0.1:{self.port}"]
+        self.site.append(self._run("site", "example_project.manage", "runserver", *options))
 
     def start_beat(self) -> None:
         self.beat.append(self._celery("beat", "beat", "--schedule", str(self.logs / "beat-schedule")))
@@ -41,7 +54,7 @@ class Processes:
         self.beat.clear()
 
     def all_run(self) -> bool:
-        return all(process.poll() is None for process in [*self.workers, *self.beat])
+        return all(process.poll() is None for process in [*self.workers, *self.beat, *self.site])
 
     def __enter__(self) -> Processes:
         return self
@@ -49,13 +62,16 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        stop([*self.beat, *self.workers])
+        stop([*self.beat, *self.workers, *self.site])
 
     def _celery(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        return self._run(name, "celery", "-A", "example_project", *arguments, "--loglevel", "INFO")
+
+    def _run(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         with (self.logs / f"{name}.log").open("wb") as log:
             # A session of its own: Ctrl-C is for the director, who lets the others finish what they do.
             return subprocess.Popen(
-                [sys.executable, "-m", "celery", "-A", "example_project", *arguments, "--loglevel", "INFO"],
+                [sys.executable, "-m", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

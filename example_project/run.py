@@ -8,6 +8,7 @@ exits with 0 if its invariants held, 1 if one did not, and 128 and more if a sig
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -26,20 +27,28 @@ from example_project.director import Director  # noqa: E402
 from example_project.display import say, table  # noqa: E402
 from example_project.processes import CHILDREN, WORKERS, Processes  # noqa: E402
 from example_project.scenes import SCENES  # noqa: E402
-from example_project.shop.opening import open_shop  # noqa: E402
+from example_project.servers import free_port  # noqa: E402
+from example_project.shop.opening import MANAGER, open_office, open_shop  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m example_project.run")
     parser.add_argument("--seconds", type=float, default=20, help="how long work is sent (default: 20)")
-    seconds = max(1.0, parser.parse_args().seconds)
+    parser.add_argument("--serve", action="store_true", help="send work, and keep the admin up, until Ctrl-C")
+    parser.add_argument("--port", type=int, default=0, help="of the admin's site (default: a free one)")
+    arguments = parser.parse_args()
+    seconds = math.inf if arguments.serve else max(1.0, arguments.seconds)
+    port = arguments.port or free_port()
     logs = Path(tempfile.mkdtemp(prefix="pglock-example-"))
 
     legend(seconds)
     call_command("migrate", verbosity=0)
     open_shop()
+    password = open_office()
     app.control.purge()
-    with Processes(logs) as processes:
+    say(f"The admin, while it lasts: http://127.0.0.1:{port}/admin/celery_pglock/")
+    say(f"Login: {MANAGER}, password: {password}\n")
+    with Processes(logs, port) as processes:
         director = Director(processes, seconds)
         is_complete = director.perform()
         is_cut_short = bool(director.stopped_by)
@@ -57,7 +66,8 @@ def main() -> int:
 
 def legend(seconds: float) -> None:
     say(f"A shop's back office: {len(WORKERS)} workers of {CHILDREN} processes and beat, on one PostgreSQL.")
-    say(f"For {seconds:g} s they are sent tasks that must not get into each other's way:\n")
+    how_long = "Until Ctrl-C" if seconds == math.inf else f"For {seconds:g} s"
+    say(f"{how_long} they are sent tasks that must not get into each other's way:\n")
     if not settings.CELERY_PGLOCK["ENABLED"]:
         say("EXAMPLE_WITHOUT_LOCKS is set, so nothing keeps them from it.\n")
     table([(f"  {scene.name}", scene.story, scene.option) for scene in SCENES])
@@ -71,6 +81,7 @@ def where_to_look(logs: Path) -> None:
             ("  example_project/shop/tasks.py", "the tasks, each with its lock in a line"),
             ("  example_project/shop/invariants.py", "the checks, from the data alone"),
             (f"  {logs}/", "what the workers and beat logged"),
+            ("  SERVE=1 make example", "goes on until Ctrl-C, with the admin to look at"),
             ("  EXAMPLE_WITHOUT_LOCKS=1 make example", "the same work without locks: the checks fail"),
         ]
     )

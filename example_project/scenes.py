@@ -70,6 +70,13 @@ SCENES = (
         "numbers without gaps, although one without an address fails and rolls back",
         invariants.invoices,
     ),
+    Scene(
+        "close",
+        ("reconcile", "close_month"),
+        "lock_priority",
+        "critical: beat stops the reconciliation in its way, which begins anew later",
+        invariants.books,
+    ),
 )
 
 
@@ -88,6 +95,9 @@ def one_round(number: int) -> Iterator[tuple[float, Signature]]:
     first, second, third = islice(cycle(ACCOUNTS), number, number + 3)
     supplier, other = islice(cycle(SUPPLIERS), number, number + 2)
     customer = ("ada", "grace", "edsger")[number % 3]
+
+    yield 0.0, tasks.reconcile.s()
+    yield 0.5, tasks.close_month.s()
 
     yield 0.0, tasks.bulk_import.s("north")
     yield 0.2, tasks.bulk_import.s("south")

@@ -39,6 +39,8 @@ class Watcher:
                 remark = f"{lock} after {entry.seconds:.1f} s"
             case "waits" | "retries" | "skips":
                 remark = f"{lock} {entry.remark}"
+            case "stopped" | "stops" | "reports":
+                remark = entry.remark
             case "failure":
                 display.happened(entry.at, entry.worker, str(entry), "fails", entry.remark)
                 return

@@ -13,7 +13,18 @@ from typing import Any
 from django.db.models import F, QuerySet, Sum
 from django.db.models.functions import Coalesce
 
-from example_project.shop.models import Account, Analysis, Entry, Import, Invoice, Supplier, Transfer
+from example_project.shop.models import (
+    Account,
+    Analysis,
+    Booking,
+    Closing,
+    Entry,
+    Import,
+    Invoice,
+    Supplier,
+    Transfer,
+)
+from example_project.shop.tasks import BOOKINGS
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,17 @@ def invoices(done: int) -> Finding:
     return Finding(
         f"{len(numbers)} numbers, {'no gap, none twice' if is_gapless else f'not gapless: {numbers}'}",
         is_gapless and len(numbers) == done and most_at_once("issue_invoice") <= 1,
+    )
+
+
+def books(done: int) -> Finding:
+    closings = Closing.objects.count()
+    moved = Closing.objects.exclude(bookings_before=F("bookings_after")).count()
+    reconciled, torn = divmod(Booking.objects.count(), BOOKINGS)
+    stopped = Entry.objects.filter(task="reconcile", what="stopped").count()
+    return Finding(
+        f"books {'moved' if moved or torn else 'stood still'}, {stopped} stopped for the close, done later",
+        not moved and not torn and closings + reconciled == done,
     )
 
 

@@ -5,17 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from celery import Task
-from celery.signals import after_task_publish, task_postrun, task_prerun, worker_ready
+from celery.signals import after_task_publish, task_postrun, task_prerun, task_retry, worker_ready
 from django.dispatch import receiver
 
-from celery_pglock import Skip, advisory
-from celery_pglock.signals import lock_acquired, lock_conflict, lock_released, lock_skipped
-from example_project.shop.journal import short, short_host, write, write_of
+from celery_pglock import Preempted, Skip, advisory
+from celery_pglock.backends import Stop
+from celery_pglock.signals import (
+    backend_stopped,
+    lock_acquired,
+    lock_conflict,
+    lock_released,
+    lock_skipped,
+    locks_reported,
+)
+from example_project.shop.journal import is_of_the_shop, short, short_host, write, write_of
 
 
 @after_task_publish.connect
 def sent(headers: dict[str, Any], **_: Any) -> None:
-    write("sent", headers["task"], headers["id"])
+    if is_of_the_shop(headers["task"]):
+        write("sent", headers["task"], headers["id"])
 
 
 @worker_ready.connect
@@ -34,6 +43,22 @@ def waits(task: Task, args: list[Any], kwargs: dict[str, Any], **_: Any) -> None
 @task_postrun.connect
 def leaves(task: Task, state: str, retval: Any, **_: Any) -> None:
     write_of(state.lower(), task, remark=str(retval) if state == "FAILURE" else "")
+
+
+@task_retry.connect
+def stopped(sender: Task, reason: Any, **_: Any) -> None:
+    if isinstance(reason.exc, Preempted):
+        write_of("stopped", sender, remark=reason.exc.reason)
+
+
+@receiver(backend_stopped)
+def stops(stop: Stop, **_: Any) -> None:
+    write("stops", "beat", remark=str(stop))
+
+
+@receiver(locks_reported)
+def reports(report: Any, **_: Any) -> None:
+    write("reports", "beat", remark=str(report))
 
 
 @receiver(lock_acquired)

@@ -58,6 +58,15 @@ class Report(models.Model):
     invoices = models.IntegerField()
 
 
+class Booking(models.Model):
+    """What a reconciliation writes; each writes as many, or none."""
+
+
+class Closing(models.Model):
+    bookings_before = models.IntegerField()
+    bookings_after = models.IntegerField()
+
+
 class Entry(models.Model):
     """One thing that happened to one task; rows are only ever added.
 

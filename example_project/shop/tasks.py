@@ -18,6 +18,8 @@ from example_project.shop.journal import work
 from example_project.shop.models import (
     Account,
     Analysis,
+    Booking,
+    Closing,
     Customer,
     Import,
     Invoice,
@@ -29,6 +31,7 @@ from example_project.shop.models import (
 
 SKIPPED = "skipped"
 SOON = Retry(countdown=0.5, maximum=2)
+BOOKINGS = 15
 
 
 class AddressMissing(Exception):
@@ -125,3 +128,23 @@ def issue_invoice(self: Task, customer: str) -> str:
         if not buyer.address:
             raise AddressMissing(f"{customer} has no address: number {last + 1} stays free")
     return "issued"
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="books", lock_side_effect=SOON)
+def reconcile(self: Task) -> str:
+    """Takes its time over the books. Stopped for the close it leaves nothing behind, and begins anew later."""
+    with work(self, "books"), transaction.atomic():
+        for _ in range(BOOKINGS):
+            Booking.objects.create()
+            time.sleep(0.25)
+    return "reconciled"
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="books", lock_timeout=20, lock_priority=10)
+def close_month(self: Task) -> str:
+    """Critical: beat stops whoever is in its way. For that it has to wait in PostgreSQL, and not come back."""
+    with work(self, "books"):
+        bookings_before = Booking.objects.count()
+        time.sleep(0.4)
+        Closing.objects.create(bookings_before=bookings_before, bookings_after=Booking.objects.count())
+    return "closed"
