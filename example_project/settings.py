@@ -63,12 +63,12 @@ CELERY_PGLOCK = {
     "WAITING_AFTER": 1,
 }
 
+OPERATIONS = "example_project_operations"
 CELERY_BROKER_URL = os.environ.get("CELERY_BROKER_URL", "redis://127.0.0.1:6379/0")
 CELERY_RESULT_BACKEND = CELERY_BROKER_URL
 CELERY_BROKER_TRANSPORT_OPTIONS: dict[str, object] = {}
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_TASK_DEFAULT_QUEUE = "example_project"
-OPERATIONS = "example_project_operations"
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1
 CELERY_BEAT_SCHEDULE: dict[str, Any] = {
     "nightly report": {"task": "nightly_report", "schedule": 2.0},

@@ -58,7 +58,7 @@ def stops(stop: Stop, **_: Any) -> None:
 
 @receiver(locks_reported)
 def reports(report: Any, **_: Any) -> None:
-    write("reports", "beat", remark=str(report))
+    write("reports", "beat", remark=report.totals())
 
 
 @receiver(lock_acquired)

@@ -132,7 +132,7 @@ def issue_invoice(self: Task, customer: str) -> str:
 
 @app.task(base=AdvisoryTask, bind=True, lock_key="books", lock_side_effect=SOON)
 def reconcile(self: Task) -> str:
-    """Takes its time over the books. Stopped for the close it leaves nothing behind, and begins anew later."""
+    """Takes its time over the books. Stopped for the close it leaves nothing behind, and begins anew."""
     with work(self, "books"), transaction.atomic():
         for _ in range(BOOKINGS):
             Booking.objects.create()
@@ -142,7 +142,7 @@ def reconcile(self: Task) -> str:
 
 @app.task(base=AdvisoryTask, bind=True, lock_key="books", lock_timeout=20, lock_priority=10)
 def close_month(self: Task) -> str:
-    """Critical: beat stops whoever is in its way. For that it has to wait in PostgreSQL, and not come back."""
+    """Critical: beat stops whoever is in its way. For that it has to wait in place, not to come back."""
     with work(self, "books"):
         bookings_before = Booking.objects.count()
         time.sleep(0.4)
