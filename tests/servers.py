@@ -98,6 +98,11 @@ class Cluster(_Server):
     def _serving(self) -> AbstractContextManager[subprocess.Popen[bytes]]:
         return servers.serving(self._home, self._data, self.port, self._user, **self._settings)
 
+    @property
+    def log(self) -> str:
+        """All that it has logged."""
+        return self._data.with_name(f"{self._data.name}.log").read_text(errors="replace")
+
     def stop(self, mode: str = "fast") -> None:
         """Stop it as ``pg_ctl`` would: "immediate" is a crash, and "smart" waits for the clients to leave.
 
