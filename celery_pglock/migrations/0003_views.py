@@ -237,6 +237,7 @@ class Migration(migrations.Migration):
                 "managed": False,
                 "default_manager_name": "no_objects",
                 "default_permissions": ("view",),
+                "verbose_name": "lock",
             },
         ),
         migrations.CreateModel(
@@ -246,6 +247,7 @@ class Migration(migrations.Migration):
                 "managed": False,
                 "default_manager_name": "no_objects",
                 "default_permissions": ("view",),
+                "verbose_name": "blocked lock",
             },
         ),
         migrations.RunPython(create_views, drop_views),
