@@ -28,6 +28,7 @@ from celery_pglock.admin_filters import (
     ThroughFilter,
     alias_of,
     aliases,
+    pid_in,
 )
 from celery_pglock.admin_pages import (
     CANCEL,
@@ -83,9 +84,13 @@ class PGLockAdmin(StoppingPage):
 
     def read(self, changelist: Any, request: Any) -> None:
         waiting = [row.activity_id for row in changelist.result_list if not row.granted]
-        changelist.blockers = inquiries.blockers_of(filter(None, waiting), alias_of(request))
+        blockers = inquiries.blockers_of(filter(None, waiting), alias_of(request))
+        changelist.has_unreadable = False
         for row in changelist.result_list:
-            row.blockers = [] if row.granted else changelist.blockers.get(row.activity_id, [])
+            changelist.has_unreadable |= (
+                row.activity is not None and row.activity.query == wordings.UNREADABLE
+            )
+            row.blockers = [] if row.granted else blockers.get(row.activity_id, [])
 
     def response_action(self, request: Any, queryset: Any, *_: Any, **options: Any) -> Any:
         """The page that asks, for what was chosen in the list as far as it still is what was shown."""
@@ -158,10 +163,10 @@ class PGLockAdmin(StoppingPage):
     @admin.display(description="backend", ordering="activity_id")
     def backend(self, row: Any) -> Any:
         activity = row.activity
-        said = one_line(activity.application_name or activity.backend_type or "") if activity else ""
-        return format_html(
-            '{} <span class="quiet">{}</span>', self.pid_link(row.activity_id, row._state.db), said
-        )
+        told = (activity.application_name or activity.backend_type, activity.state) if activity else ()
+        words = ", ".join(one_line(word) for word in told if word)
+        link = self.pid_link(row.activity_id, row._state.db)
+        return format_html('{} <span class="quiet pglock-name">{}</span>', link, words)
 
     @admin.display(description="blocked by")
     def blocked_by(self, row: Any) -> Any:
@@ -216,11 +221,12 @@ class BlockedPGLockAdmin(StoppingPage):
         action = next((name for name in self.get_actions(request) if name in request.POST), "")
         if not action:
             raise PermissionDenied
-        pid, _, seen = request.POST[action].partition("|")
+        text, _, seen = request.POST[action].partition("|")
+        pid = pid_in(text)
         found = inquiries.all_waits(alias_of(request))
         with looking(alias_of(request)):
-            rows = list(found.filter(Q(activity_id=_number(pid)) | Q(blocking_activity_id=_number(pid))))
-        own = [row for row in rows if row.activity_id == _number(pid)]
+            rows = list(found.filter(Q(activity_id=pid) | Q(blocking_activity_id=pid))) if pid else []
+        own = [row for row in rows if row.activity_id == pid]
         chosen = targets(own, "activity") if own else targets(rows, "blocking_activity")
         kept = [target for target in chosen if fingerprint(target.activity) == seen]
         return self.ask(request, action, kept, gone=len(chosen) - len(kept))
@@ -342,11 +348,8 @@ class ActAdmin(Page):
 
 
 def _finding(found: Any) -> tuple[str, str]:
+    """Its kind and its words, or all that it has if it has no words."""
     if not isinstance(found, dict):
         return "", one_line(found)
-    rest = ", ".join(f"{name}: {one_line(value)}" for name, value in found.items() if name != "kind")
-    return one_line(found.get("kind")), rest
-
-
-def _number(pid: str) -> int:
-    return int(pid) if pid.isascii() and pid.isdigit() and len(pid) < len("2147483648") else 0
+    kind = one_line(found.get("kind")).replace("_", " ")
+    return kind, one_line(found.get("text") or {name: found[name] for name in found if name != "kind"})

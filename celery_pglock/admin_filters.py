@@ -45,6 +45,12 @@ def seconds_of_refresh(request: Any) -> str:
     return asked if asked in dict(RefreshFilter.known) else ""
 
 
+def pid_in(text: str) -> int | None:
+    """The pid that a text has; ``None`` if it has none."""
+    is_number = text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS
+    return int(text) if is_number and 0 < int(text) < ENDLESS_PID else None
+
+
 class Choice(SimpleListFilter):
     """A filter with choices that are known; anything else that is asked for is as none."""
 
@@ -165,9 +171,7 @@ class PidFilter(Choice):
 
     def lookups(self, request: Any, model_admin: Any) -> list[tuple[str, str]]:
         asked = str(self.used_parameters.get("pid", ""))
-        if not (asked.isascii() and asked.isdigit() and len(asked) <= MOST_DIGITS):
-            return []
-        return [(asked, asked)] if int(asked) < ENDLESS_PID else []
+        return [(asked, asked)] if pid_in(asked) else []
 
     def chosen(self, queryset: Any, value: str) -> Any:
         return queryset.pid(value)

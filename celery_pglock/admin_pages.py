@@ -17,7 +17,7 @@ from django.urls import path, reverse
 from django.utils import timezone
 from django.utils.html import format_html
 
-from celery_pglock.admin_filters import DATABASE, alias_of, aliases, seconds_of_refresh
+from celery_pglock.admin_filters import DATABASE, REFRESH, alias_of, aliases, seconds_of_refresh
 from celery_pglock.confirmations import LONGEST_THOUGHT, NotConfirmed, confirmation, confirmed
 from celery_pglock.consequences import is_of_task
 from celery_pglock.errors import LockMisuse
@@ -207,7 +207,10 @@ class StoppingPage(Page):
             words = "a prepared transaction has no backend" if prepared else "nobody is left of those"
             return self._back(request, [(messages.WARNING, f"Nothing was done: {words}.")])
         alias = alias_of(request)
-        back = request.get_full_path()
+        # A page that is shown anew would take away what is told on it.
+        kept = request.GET.copy()
+        kept.pop(REFRESH, None)
+        back = f"{request.path}?{kept.urlencode()}" if kept else request.path
         user = str(request.user.pk)
         order = confirmation(action, self.opts.db_table, alias, user, back, targets)
         context = self._context(
