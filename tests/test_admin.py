@@ -19,9 +19,7 @@ from celery_pglock.models import Act, LockReport, Outcome, PGActivity, PGLock
 from tests.bystanders import bystanders
 from tests.conftest import wait_until
 
-pytestmark = pytest.mark.django_db(
-    transaction=True, available_apps=settings.INSTALLED_APPS, databases=["default", "locks"]
-)
+pytestmark = pytest.mark.django_db(transaction=True, available_apps=settings.INSTALLED_APPS)
 
 CANARY = "canary-of-a-query"
 VIEW = ("view_pglock", "view_blockedpglock", "view_lockreport", "view_act")
@@ -436,6 +434,9 @@ CHOICES = [
 ]
 
 
+@pytest.mark.django_db(
+    transaction=True, available_apps=settings.INSTALLED_APPS, databases=["default", "locks"]
+)
 def test_filters_and_search_choose(session):
     labelled(session)
     holder_of(session, 8, query=" /* canary */")
