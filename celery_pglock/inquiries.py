@@ -8,7 +8,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 from django.contrib.postgres.fields import ArrayField
-from django.db.models import BooleanField, Count, ExpressionWrapper, F, Func, IntegerField, Q, Window
+from django.db.models import (
+    BooleanField,
+    Count,
+    DurationField,
+    ExpressionWrapper,
+    F,
+    Func,
+    IntegerField,
+    Q,
+    Window,
+)
+from django.db.models.functions import Now
 
 from celery_pglock import config, labels
 from celery_pglock.config import Chosen
@@ -27,6 +38,9 @@ INT = re.compile(r"0|-?[1-9][0-9]*")
 PAIR = re.compile(r"\(\s*(0|-?[1-9][0-9]*)\s*,\s*(0|-?[1-9][0-9]*)\s*\)")
 # The locks by which transactions can be waited for: each holds those on itself, and mostly nobody waits.
 OF_EVERY_TRANSACTION = Q(granted=True, type__in=("VIRTUALXID", "TRANSACTIONID"))
+
+# Choices for a person to read.
+MOST_TASKS = 100
 
 IN_QUOTES = re.compile(r"""(["'])(.*)\1""", re.DOTALL)
 
@@ -105,6 +119,37 @@ def rows(chosen: Chosen) -> Rows:
         found = found.exclude(blocking_activity_id=OwnPid())
     longest_first = [F(name).desc(nulls_last=True) for name in ("wait_duration", "activity__duration")]
     return found.exclude(activity_id=OwnPid()).order_by("granted", *longest_first, "pk")
+
+
+def all_locks(alias: str) -> Rows:
+    """All locks, each with its ``age`` by the database's clock, and with its ``activity``."""
+    age = ExpressionWrapper(Now() - F("since"), output_field=DurationField())
+    found = PGLock.objects.using(alias).exclude(activity_id=OwnPid())
+    return found.annotate(age=age).select_related("activity")
+
+
+def all_waits(alias: str) -> Rows:
+    """All waits, each with both of its activities."""
+    found = BlockedPGLock.objects.using(alias).exclude(activity_id=OwnPid())
+    return found.exclude(blocking_activity_id=OwnPid()).select_related("activity", "blocking_activity")
+
+
+def blockers_of(pids: Iterable[int], alias: str) -> dict[int, list[Pid]]:
+    """Who is in the way of each of these backends, as far as they wait."""
+    found: dict[int, list[Pid]] = {}
+    if waiting := set(pids):
+        pairs = BlockedPGLock.objects.using(alias).filter(activity_id__in=waiting)
+        for waiter, blocker in pairs.values_list("activity_id", "blocking_activity_id"):
+            found.setdefault(waiter, []).append(blocker)
+    return found
+
+
+def task_names(alias: str) -> list[str]:
+    """The names of the tasks that sessions say they work for, true or not."""
+    labelled = PGActivity.objects.using(alias).filter(context__isnull=False)
+    contexts: Iterable[Any] = labelled.values_list("context", flat=True)
+    names = {str((context or {}).get("task_name") or "") for context in contexts}
+    return sorted(names - {""})[:MOST_TASKS]
 
 
 def listing(chosen: Chosen) -> Listing:

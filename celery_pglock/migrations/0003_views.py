@@ -246,6 +246,7 @@ class Migration(migrations.Migration):
                 "managed": False,
                 "default_manager_name": "no_objects",
                 "default_permissions": ("view",),
+                "verbose_name": "lock",
             },
         ),
         migrations.CreateModel(
@@ -255,6 +256,7 @@ class Migration(migrations.Migration):
                 "managed": False,
                 "default_manager_name": "no_objects",
                 "default_permissions": ("view",),
+                "verbose_name": "blocked lock",
             },
         ),
         migrations.RunPython(create_views, drop_views),
