@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -59,7 +59,7 @@ const background = element => {
     return [255, 255, 255];
 };
 const found = [];
-const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+const texts = document.createTreeWalker(document.querySelector(arguments[0]), NodeFilter.SHOW_TEXT);
 while (texts.nextNode()) {
     const text = texts.currentNode.data.trim(), element = texts.currentNode.parentElement;
     if (!text || !element.checkVisibility({visibilityProperty: true, opacityProperty: true})) continue;
@@ -82,11 +82,11 @@ def programs() -> tuple[str, str] | None:
 
 
 class Browser:
-    """A window of Chromium, on pages below ``url``."""
+    """A window of Chromium, on pages below its ``url``."""
 
-    def __init__(self, driver: Chrome, url: str, screenshots: Path) -> None:
+    def __init__(self, driver: Chrome, screenshots: Path) -> None:
         self.driver = driver
-        self.url = url
+        self.url = ""
         self._screenshots = screenshots
 
     def shows(self, size: tuple[int, int] = DESKTOP, *, dark: bool = False, scripts: bool = True) -> None:
@@ -102,6 +102,10 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._tell("Emulation.setEmulatedMedia", features=[scheme])
         self._tell("Emulation.setScriptExecutionDisabled", value=not scripts)
+
+    def forgets(self) -> None:
+        """Whoever was logged in no longer is."""
+        self._tell("Network.clearBrowserCookies")
 
     def goes(self, path: str) -> None:
         self.driver.get(self.url + path)
@@ -124,28 +128,32 @@ class Browser:
 
     def leaves_by(self, selector: str) -> None:
         """Click what leads to another page, and return when that has come."""
-        before = self.driver.find_element(By.TAG_NAME, "html")
+        self.driver.execute_script("window.isLeft = true")
         self.clicks(selector)
-        wait_until(lambda: self._has_left(before), f"{selector} leads to another page")
+        wait_until(self._has_come, f"{selector} leads to another page")
 
-    def _has_left(self, before: Any) -> bool:
+    def _has_come(self) -> bool:
         try:
-            before.is_enabled()
-        except StaleElementReferenceException:
-            return self.driver.execute_script("return document.readyState") == "complete"
-        return False
+            return bool(
+                self.driver.execute_script("return !window.isLeft && document.readyState === 'complete'")
+            )
+        except WebDriverException:
+            # Between two pages there is none to ask.
+            return False
 
     def is_too_wide(self) -> bool:
         """Whether the page itself has to be moved to the side; what scrolls within it does not count."""
         return bool(self.driver.execute_script(IS_TOO_WIDE))
 
-    def contrasts(self) -> list[tuple[str, float]]:
-        """All texts with their contrasts, from 1 for what cannot be read to 21."""
-        return [(text, contrast) for text, contrast in self.driver.execute_script(CONTRASTS)]
+    def contrasts(self, selector: str) -> list[tuple[str, float]]:
+        """All texts in an element with their contrasts, from 1 for what cannot be read to 21."""
+        return [(text, contrast) for text, contrast in self.driver.execute_script(CONTRASTS, selector)]
 
     def errors(self) -> list[str]:
         """What scripts and requests complained of since it was asked for last."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
+        found = [entry["message"] for entry in self.driver.get_log("browser")]
+        # Which Chromium asks for by itself.
+        return [message for message in found if "/favicon.ico" not in message]
 
     def takes_picture(self, name: str) -> Path:
         """A screenshot of the whole page."""
@@ -161,7 +169,7 @@ class Browser:
 
 
 @contextmanager
-def browser(url: str, screenshots: Path) -> Iterator[Browser]:
+def browser(screenshots: Path) -> Iterator[Browser]:
     """A new browser, which knows nothing, and puts its screenshots into this folder."""
     found = programs()
     assert found, "chromium is not installed: apt-get install chromium chromium-driver"
@@ -177,6 +185,6 @@ def browser(url: str, screenshots: Path) -> Iterator[Browser]:
         options.add_argument(f"--user-data-dir={profile}")
         window = Chrome(options=options, service=Service(driver))
         try:
-            yield Browser(window, url, screenshots)
+            yield Browser(window, screenshots)
         finally:
             window.quit()
