@@ -1,6 +1,6 @@
 """The front door of celery_pglock."""
 
-from celery_pglock.errors import LockError, LockLost, LockMisuse, LockNotAcquired, LockNotHeld
+from celery_pglock.errors import LockError, LockLost, LockMisuse, LockNotAcquired, LockNotHeld, Preempted
 from celery_pglock.keys import advisory_id
 from celery_pglock.lock_sequences import ExclusiveLock, ShareLock
 from celery_pglock.locks import advisory
@@ -41,6 +41,7 @@ __all__ = [
     "LockMisuse",
     "LockNotAcquired",
     "LockNotHeld",
+    "Preempted",
     "PrioritizeSideEffect",
     "Raise",
     "Retry",

@@ -12,6 +12,7 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded, TaskRevokedError
 from celery.exceptions import Retry as RetryLater
 
 from celery_pglock import labels, signals
+from celery_pglock.errors import Preempted
 from celery_pglock.held_back import publish
 from celery_pglock.side_effects import Conflict, Retry
 
@@ -22,7 +23,8 @@ CONFLICTS = "pglock_conflicts"
 FIRST_CONFLICT = "pglock_first_conflict"
 COPY = "pglock_copy"
 OUTAGES = "pglock_outages"
-HEADERS = (CONFLICTS, FIRST_CONFLICT, COPY, OUTAGES)
+PREEMPTED = "pglock_preempted"
+HEADERS = (CONFLICTS, FIRST_CONFLICT, COPY, OUTAGES, PREEMPTED)
 
 # How long kombu's transports keep a message from other workers, where nothing else is set: after that
 # they deliver it again.
@@ -30,6 +32,8 @@ VISIBILITY_TIMEOUTS = {"redis": 3600.0, "sqs": 1800.0}
 
 COMES_BACK = Retry(countdown=5)
 AFTER_OUTAGE = Retry(countdown=1, maximum=30)
+# The critical task may have the lock by now. Whoever had it before has its turn again, and is not skipped.
+AFTER_PREEMPTION = Retry(countdown=1, maximum=30)
 
 
 def without_our_headers(headers: dict[str, Any] | None) -> dict[str, Any]:
@@ -101,6 +105,16 @@ class TaskConflict(Conflict):
             # The state may be that of an earlier delivery, which runs.
             raise Ignore("no lock can be taken now")
         raise _retry_later(outage, countdown, sig=again)
+
+    def come_back_preempted(self, preempted: Preempted, at: str) -> Any:
+        """Send the message again, whose run was stopped at this moment."""
+        countdown = min(AFTER_PREEMPTION.delay(1), _longest_countdown(self.task.app))
+        again = self._again(countdown, **{PREEMPTED: at})
+        publish(self.task.app, again.apply_async)
+        logger.warning(
+            "Task %s[%s] comes back in %.1f s: %s", self.task.name, self.request.id, countdown, preempted
+        )
+        raise _retry_later(preempted, countdown, sig=again)
 
     def _counted(self) -> dict[str, Any]:
         return {CONFLICTS: self.attempt, FIRST_CONFLICT: self.first_attempt, OUTAGES: 0}

@@ -6,6 +6,7 @@
     └── LockError
         ├── LockNotAcquired  also django.db.utils.OperationalError
         ├── LockLost
+        ├── Preempted
         ├── LockNotHeld      also RuntimeError
         └── LockMisuse       also ValueError, RuntimeError
 
@@ -61,6 +62,22 @@ class LockLost(LockError):
 
     def __str__(self) -> str:
         return f"lock {self.lock!r} was lost while it was needed: {self.reason}"
+
+
+class Preempted(LockError):
+    """The task was stopped, because a critical one could not get through.
+
+    ``lock`` is the name of its own lock, ``by`` who stopped it, ``reason`` for whom.
+    """
+
+    def __init__(self, lock: str, by: str = "", reason: str = "") -> None:
+        super().__init__(lock, by, reason)
+        self.lock = lock
+        self.by = by
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"stopped under lock {self.lock!r} by {self.by or 'somebody'}: {self.reason}"
 
 
 class LockNotHeld(LockError, RuntimeError):

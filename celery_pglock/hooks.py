@@ -7,6 +7,7 @@ from typing import Any
 
 from celery import signals, states
 from django.db import DatabaseError
+from django.db.backends.signals import connection_created
 
 from celery_pglock import config, inspections, interruptions, lock_sequences, locks, work_connections
 from celery_pglock.errors import LockMisuse
@@ -24,6 +25,7 @@ def connect() -> None:
     signals.worker_init.connect(_answer_inspections, dispatch_uid="celery_pglock.inspections")
     signals.task_prerun.connect(_note_what_is_held, dispatch_uid="celery_pglock.task_prerun")
     signals.task_postrun.connect(_leave_nothing_behind, dispatch_uid="celery_pglock.task_postrun")
+    connection_created.connect(work_connections.mark_a_new_one, dispatch_uid="celery_pglock.marked")
     signals.worker_process_shutdown.connect(_close_idle, dispatch_uid="celery_pglock.worker_process_shutdown")
     signals.worker_shutdown.connect(_close_idle, dispatch_uid="celery_pglock.worker_shutdown")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
+from django.contrib.postgres.fields import ArrayField
 from django.db.models import (
     BooleanField,
     Count,
@@ -30,7 +31,7 @@ from celery_pglock.locks import advisory
 from celery_pglock.looks import looking
 from celery_pglock.models import BlockedPGLock, PGActivity, PGLock
 from celery_pglock.printed_texts import in_json, one_line
-from celery_pglock.trees import Cycle, Obstacle, Pid, Tree, Waits
+from celery_pglock.trees import Cycle, Obstacle, Pid, Tree, Wait, Waits
 from celery_pglock.wordings import UNREADABLE
 
 INT = re.compile(r"0|-?[1-9][0-9]*")
@@ -52,6 +53,14 @@ class OwnPid(Func):
 
     function = "pg_backend_pid"
     output_field = IntegerField()
+
+
+class Blockers(Func):
+    """Who is in the way of a backend; not the one that asks. 0 is a transaction that was prepared."""
+
+    function = "pg_blocking_pids"
+    template = "array_remove(%(function)s(%(expressions)s), pg_backend_pid())"
+    output_field = ArrayField(IntegerField())
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,12 +228,20 @@ def _holder_in_json(holder: Holder) -> dict[str, Any]:
     return {name: in_json(value) for name, value in asdict(holder).items()}
 
 
-def _all_waits(alias: str) -> list[Any]:
-    found = BlockedPGLock.objects.using(alias).prefetch_related("activity", "blocking_activity")
-    return list(found.exclude(activity_id=OwnPid()).exclude(blocking_activity_id=OwnPid()))
+def _all_waits(alias: str) -> list[Wait]:
+    # In a queue of n waiters each is behind all before it: too many rows for one of BlockedPGLock each.
+    waiting = PGLock.objects.using(alias).filter(granted=False).exclude(activity_id=OwnPid())
+    found = [(row, sorted(set(row.blockers))) for row in waiting.annotate(blockers=Blockers("activity_id"))]
+    pids = {pid for row, blockers in found for pid in (row.activity_id, *blockers)}
+    activities = PGActivity.objects.using(alias).in_bulk(pids)
+    return [
+        Wait(row, row.activity_id, activities.get(row.activity_id), blocker or None, activities.get(blocker))
+        for row, blockers in found
+        for blocker in blockers
+    ]
 
 
-def _waits(alias: str, found: Iterable[Any]) -> Waits:
+def _waits(alias: str, found: Iterable[Wait]) -> Waits:
     sessions = Q(application_name__startswith=f"{labels.LOCK_SESSION}:")
     sessions |= Q(application_name__startswith=f"{labels.WORK_CONNECTION}:")
     names = PGActivity.objects.using(alias).filter(sessions).values_list("pk", "application_name")
@@ -241,9 +258,12 @@ def _concerns(waits: Waits, roots: Iterable[Pid], cycle: Cycle) -> bool:
     return any(waits.holds_up(root, [wait.activity_id for wait in cycle.waits]) for root in roots)
 
 
-def _are_unreadable(found: Iterable[Any]) -> bool:
-    activities = [activity for row in found for activity in (row.activity, row.blocking_activity)]
-    return any(activity is not None and activity.query == UNREADABLE for activity in activities)
+def _are_unreadable(found: Iterable[Wait]) -> bool:
+    return any(
+        activity is not None and activity.query == UNREADABLE
+        for wait in found
+        for activity in (wait.activity, wait.blocking_activity)
+    )
 
 
 def _limit(given: Any) -> int | None:

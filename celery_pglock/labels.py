@@ -27,11 +27,15 @@ COMMENT = re.compile(r"/\*pglock:1 ([^*]*)(\*/)?")
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The run of a task on whose behalf a session holds its locks; all empty outside of tasks."""
+    """The run of a task on whose behalf a session holds its locks; all empty outside of tasks.
+
+    ``priority`` is no part of a label: a session tells it by a marker.
+    """
 
     task_name: str = ""
     task_id: str = ""
     worker: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

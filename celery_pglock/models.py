@@ -156,8 +156,8 @@ class LockReport(models.Model):
     """What a report found among the locks of this database.
 
     ``held`` counts advisory locks, ``waiting`` waits for locks of any kind, and ``skipped`` the skips that
-    were counted lately. What could not be read is ``None``, and named in ``unread``. ``findings`` is a list of
-    objects, each with a ``kind``.
+    were counted lately. What could not be read is ``None``, and named in ``unread``. ``findings`` is a list
+    of objects, each with a ``kind``.
     """
 
     at = models.DateTimeField(db_index=True)

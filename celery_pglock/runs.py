@@ -9,14 +9,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, TaskPredicate
 from django.db import DatabaseError, InterfaceError, InternalError, OperationalError
 
-from celery_pglock import signals, work_connections
+from celery_pglock import preemptions, signals, work_connections
 from celery_pglock.claims import Hold, Refusal
-from celery_pglock.conflicts import CONFLICTS, COPY, FIRST_CONFLICT, TaskConflict, succeeded_before
+from celery_pglock.conflicts import (
+    AFTER_PREEMPTION,
+    CONFLICTS,
+    COPY,
+    FIRST_CONFLICT,
+    PREEMPTED,
+    TaskConflict,
+    succeeded_before,
+)
 from celery_pglock.durations import MaybeSeconds
-from celery_pglock.errors import LockLost
+from celery_pglock.errors import LockLost, Preempted
 from celery_pglock.held_back import BrokerRefused, HeldBack, pauses
 from celery_pglock.held_locks import HeldLock, body_of
 from celery_pglock.holders import Holder
@@ -43,6 +51,14 @@ class Outage:
     error: Exception
 
 
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The body was stopped for a critical task, at this moment by the clock of the audit."""
+
+    error: Preempted
+    at: str
+
+
 class ReplacedEagerly(Ignore):
     """An eager task replaced itself; carries what stands in for it once the lock is free."""
 
@@ -65,11 +81,17 @@ class Run:
     request: Any
     lock: advisory
     on_lost: str
+    priority: int
     is_direct_call: bool
 
     @property
     def has_message(self) -> bool:
         return not self.is_direct_call and not self.request.is_eager
+
+    @property
+    def was_preempted(self) -> str:
+        """When an earlier run of this message was stopped for a critical task; empty if none was."""
+        return str((self.request.headers or {}).get(PREEMPTED, ""))
 
     def __str__(self) -> str:
         return f"Task {self.task.name}[{self.request.id}]"
@@ -87,7 +109,7 @@ def run(
     """Run the body under the task's lock, or do what its side effect says."""
     request = task.request
     lock = options.lock(args, kwargs)
-    this = Run(task, request, lock, options.what_if_lost(), is_direct_call)
+    this = Run(task, request, lock, options.what_if_lost(), options.priority, is_direct_call)
     if not is_direct_call:
         request.pglock_lock = lock
     elif vars(request).get("pglock_lock") == lock:
@@ -95,22 +117,24 @@ def run(
         return body(*args, **kwargs)
     # With connections that Celery reuses, a name would outlive its task.
     named = this.has_message and not task.app.conf.get("CELERY_DB_REUSE_MAX")
-    with work_connections.named_after(request.id) if named else nullcontext():
+    with (
+        work_connections.named_after(request.id) if named else nullcontext(),
+        work_connections.marked(request.id, options.priority) if this.has_message else nullcontext(),
+    ):
         pause = pauses()
         while True:
             try:
                 outcome = _attempt(this, body, args, kwargs)
             except ReplacedEagerly as replaced:
                 return replaced.signature.apply().get()
-            if not isinstance(outcome, TaskConflict | Outage):
+            except Exception as error:
+                outcome = _stopped(this, error)
+                if outcome is None:
+                    raise
+            if not isinstance(outcome, TaskConflict | Outage | Stopped):
                 return outcome
             try:
-                if isinstance(outcome, Outage):
-                    return _conflict(this, str(outcome.error), 0, ()).come_back_after(outcome.error)
-                signals.lock_conflict.send_robust(sender=task, lock=lock, conflict=outcome)
-                return (
-                    outcome.come_back() if outcome.is_with_itself else options.effect().on_conflict(outcome)
-                )
+                return _without_the_body(this, options, outcome)
             except BrokerRefused as refused:
                 logger.warning(
                     "%s waits in place for lock %r, or until the broker takes its retry: %s",
@@ -119,6 +143,36 @@ def run(
                     refused,
                 )
                 time.sleep(next(pause))
+
+
+def _without_the_body(this: Run, options: TaskOptions, why: TaskConflict | Outage | Stopped) -> Any:
+    """What follows where the body did not run, or not to its end."""
+    if isinstance(why, Outage):
+        return _conflict(this, str(why.error), 0, ()).come_back_after(why.error)
+    if isinstance(why, Stopped):
+        return _conflict(this, str(why.error), 0, ()).come_back_preempted(why.error, why.at)
+    signals.lock_conflict.send_robust(sender=this.task, lock=this.lock, conflict=why)
+    if why.is_with_itself:
+        return why.come_back()
+    return (AFTER_PREEMPTION if this.was_preempted else options.effect()).on_conflict(why)
+
+
+def _stopped(this: Run, error: Exception) -> Stopped | None:
+    """Whether the body ended with this error because it was stopped for a critical task."""
+    if not this.has_message or isinstance(error, TaskPredicate) or not preemptions.may_be_of_a_stop(error):
+        return None
+    found = preemptions.newest(
+        this.request.id,
+        {this.lock.using, *work_connections.aliases()},
+        this.was_preempted or preemptions.BEFORE_ALL,
+    )
+    if found is None:
+        return None
+    preempted = Preempted(this.lock.name, found.by, found.reason)
+    if not found.comes_back:
+        raise preempted from error
+    preempted.__cause__ = error
+    return Stopped(preempted, found.at.isoformat())
 
 
 def _attempt(this: Run, body: Body, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -148,7 +202,7 @@ def _run_held(
 ) -> Any:
     """The body's result, or why the lock was not obtained: a refusal or an outage."""
     task, request = this.task, this.request
-    owner = Owner(task.name, request.id or "", request.hostname or "")
+    owner = Owner(task.name, request.id or "", request.hostname or "", this.priority)
     hold = this.lock.hold()
     held_back = HeldBack()
     ended_with: BaseException | None = None

@@ -11,7 +11,7 @@ from typing import Any, Final
 from django.db import DatabaseError, OperationalError
 from psycopg.errors import DeadlockDetected, InvalidParameterValue, LockNotAvailable, UndefinedTable
 
-from celery_pglock import clocks, fences, labels, statements
+from celery_pglock import clocks, fences, labels, markers, statements
 from celery_pglock.config import current
 from celery_pglock.durations import MaybeSeconds
 from celery_pglock.errors import LockLost, LockMisuse
@@ -101,6 +101,7 @@ class LockSession:
         # Who must know that the session is lost; called by the watcher, time and again, with the reason.
         self.to_be_told: list[Callable[[str], None]] = []
         self._held = Inventory()
+        self._marker: Key | None = None
         self._idle_since: float | None = None
         self._is_loss_logged = False
         settings = current()
@@ -229,7 +230,7 @@ class LockSession:
             numbers: Iterable[int] | None = ()
             try:
                 if fresh:
-                    statement = self._protected(statements.take_slots(fresh, xact=False))
+                    statement = self._protected(self._marked(statements.take_slots(fresh, xact=False)))
                     numbers = self._answer(statement, self._held.holdings([slots[0] for slots in fresh]))[-1]
                 if numbers is None:
                     return None
@@ -279,6 +280,8 @@ class LockSession:
 
     def lay_by(self) -> None:
         """Keep it for whoever needs a session next."""
+        if self._marker is not None:
+            self._give_back_marker(self._marker)
         self.owner = Owner()
         self.to_be_told.clear()
         self._idle_since = clocks.now()
@@ -344,7 +347,7 @@ class LockSession:
             wait = timeout if isinstance(timeout, float | int) else None
         else:
             statement = statements.take_at_once(fresh, shared=shared, xact=False)
-        statement = self._protected(statement)
+        statement = self._protected(self._marked(statement))
         if without_token:
             statement = fences.take(statement, without_token, self.owner.task_id, self.lease)
             wait = None if wait is None else wait + fences.row_timeout(self.lease)
@@ -376,6 +379,23 @@ class LockSession:
                 kept = self._answer(statement, remaining)[-1]
         self._held.take_out(keys, shared=shared)
         return bool(kept)
+
+    def _marked(self, statement: Statement) -> Statement:
+        """The statement, which before anything else tells of a critical task that it runs one."""
+        if self.owner.priority and self._marker is None:
+            self._marker = markers.marker(self.owner.priority)
+            statement.columns.insert(0, markers.TAKE)
+            statement.parameters[:0] = self._marker.arguments
+        return statement
+
+    def _give_back_marker(self, marker: Key) -> None:
+        self._marker = None
+        statement = self._protected(Statement(columns=[markers.GIVE_BACK], parameters=[*marker.arguments]))
+        try:
+            self.rows(f"SELECT {statement.select}", statement.parameters)
+        except DatabaseError as error:
+            logger.warning("A lock session is closed with the marker of its task: %s", str(error).strip())
+            self.abandon()
 
     def _protected(self, statement: Statement) -> Statement:
         """The statement, made to fail before it does anything on a session that is not ours."""

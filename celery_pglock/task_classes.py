@@ -52,6 +52,10 @@ class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs
     """Whether the lock comes with a fencing token, and stays with nobody for a while after a holder that did
     not leave in order. Unset: ``CELERY_PGLOCK["STRICT"]``, which is ``False``."""
 
+    lock_priority: ClassVar[int] = 0
+    """Above 0 the task is critical: its backends are marked, and ``prioritize_critical_tasks`` stops those of
+    less priority that block it."""
+
     _lock_options: ClassVar[Any] = UNSET
     _next_call_is_celerys: ClassVar[bool] = True
 

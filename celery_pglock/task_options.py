@@ -16,6 +16,7 @@ from celery_pglock.claims import LOCK_DELAY
 from celery_pglock.config import check_alias, check_on_lost, current
 from celery_pglock.durations import UNSET, seconds
 from celery_pglock.errors import LockMisuse, did_you_mean
+from celery_pglock.keys import ENDLESS_HALF
 from celery_pglock.locks import advisory, check_limit
 from celery_pglock.side_effects import Retry, Return, SideEffect, side_effect
 
@@ -31,10 +32,8 @@ OPTIONS: Final = {
     "lock_on_direct_call": False,
     "lock_on_lost": UNSET,
     "lock_strict": UNSET,
+    "lock_priority": 0,
 }
-
-# Named by the reference, built later: refused rather than silently without effect.
-NOT_AVAILABLE: Final = ("lock_priority",)
 
 # The methods of a task that share the options' prefix.
 METHODS: Final = ("lock_for", "lock_options")
@@ -67,6 +66,7 @@ class TaskOptions:
     on_direct_call: bool
     on_lost: Any
     strict: Any
+    priority: int
 
     def is_strict(self) -> bool:
         """Whether the lock comes with a fencing token."""
@@ -183,6 +183,7 @@ def options_of(task: type[Any]) -> TaskOptions:
                 raise LockMisuse(f"{name} must be True or False, not {given[name]!r}.")
         if given["lock_strict"] is not UNSET and not isinstance(given["lock_strict"], bool):
             raise LockMisuse(f"lock_strict must be True or False, not {given['lock_strict']!r}.")
+        _check_priority(given["lock_priority"])
         if given["lock_on_lost"] is not UNSET:
             check_on_lost(given["lock_on_lost"], "lock_on_lost")
         if given["lock_using"] is not UNSET:
@@ -223,6 +224,7 @@ def options_of(task: type[Any]) -> TaskOptions:
         on_direct_call=given["lock_on_direct_call"],
         on_lost=given["lock_on_lost"],
         strict=given["lock_strict"],
+        priority=given["lock_priority"],
     )
 
 
@@ -271,11 +273,16 @@ def _wrong(task: type[Any], why: str) -> LockMisuse:
     return LockMisuse(f"Task {task.name}: {why}")
 
 
+def _check_priority(given: Any) -> None:
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < ENDLESS_HALF:
+        raise LockMisuse(
+            f"lock_priority must be an int of 0 or more, not {given!r}: above 0 a task is critical."
+        )
+
+
 def _check_names(task: type[Any]) -> None:
     known = [*OPTIONS, *METHODS]
     for name in dir(task):
-        if name in NOT_AVAILABLE:
-            raise _wrong(task, f"the option {name} is not available in this version; remove it.")
         if name.startswith("lock_") and name not in known:
             raise _wrong(
                 task,

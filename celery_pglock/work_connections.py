@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import psycopg
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from psycopg.pq import TransactionStatus
 
-from celery_pglock import labels
+from celery_pglock import labels, markers
+from celery_pglock.keys import Key
 from celery_pglock.raw_connections import cancel
 
 logger = logging.getLogger(__name__)
+
+# Behind a pooler that gives sessions to others the marker would stay with them.
+MARK = f"""
+SELECT CASE WHEN pg_backend_pid() = %s THEN {markers.TAKE} END, set_config('application_name', %s, false)
+"""
+UNMARK = f"""
+SELECT CASE WHEN pg_backend_pid() = %s THEN {markers.GIVE_BACK} END, set_config(
+    'application_name', (SELECT reset_val FROM pg_settings WHERE name = 'application_name'), false
+)
+"""
 
 
 @contextmanager
@@ -40,6 +53,84 @@ def named_after(task_id: str) -> Iterator[None]:
     finally:
         for connection, settings in before:
             connection.settings_dict = settings
+
+
+class _Critical(threading.local):
+    """The critical task that this thread runs: its id, and its priority, which is 0 outside of one."""
+
+    task_id = ""
+    priority = 0
+
+
+_critical = _Critical()
+
+
+@contextmanager
+def marked(task_id: str, priority: int) -> Iterator[None]:
+    """Connections on which this thread works in the block tell of a task with this priority.
+
+    Each costs a round trip, before and after. Connections from Django's pool are left alone: what the task
+    closes early would keep its marker there.
+    """
+    if not priority:
+        yield
+        return
+    try:
+        _critical.task_id, _critical.priority = task_id, priority
+        for connection in connections.all(initialized_only=True):
+            if not _mark(connection):
+                connection.close()
+        yield
+    finally:
+        _critical.task_id, _critical.priority = "", 0
+        for connection in connections.all(initialized_only=True):
+            if not _unmark(connection, priority):
+                connection.close()
+
+
+def mark_a_new_one(connection: Any, **_: Any) -> None:
+    """Receives Django's signal ``connection_created``."""
+    _mark(connection)
+
+
+def _mark(connection: Any) -> bool:
+    # In a transaction the marker would begin one, and stay if it failed.
+    if not (_critical.priority and _can_be_marked(connection) and connection.connection.autocommit):
+        return True
+    name = labels.application_name(labels.WORK_CONNECTION, _critical.task_id)
+    return _tell(connection, MARK, markers.marker(_critical.priority), name)
+
+
+def _unmark(connection: Any, priority: int) -> bool:
+    return not _can_be_marked(connection) or _tell(connection, UNMARK, markers.marker(priority))
+
+
+def _tell(connection: Any, sql: str, marker: Key, *names: str) -> bool:
+    """Whether it could be told: not on a connection that is broken, or whose transaction has failed."""
+    session = connection.connection
+    try:
+        session.execute(sql, [session.info.backend_pid, *marker.arguments, *names])
+    except psycopg.Error as error:
+        logger.info("Alias %r does not tell of its critical task: %s", connection.alias, str(error).strip())
+        return False
+    return True
+
+
+def _can_be_marked(connection: Any) -> bool:
+    return bool(
+        connection.vendor == "postgresql"
+        and connection.connection is not None
+        and not connection.settings_dict["OPTIONS"].get("pool")
+    )
+
+
+def aliases() -> set[str]:
+    """The aliases of PostgreSQL on which this thread has worked."""
+    return {
+        connection.alias
+        for connection in connections.all(initialized_only=True)
+        if connection.vendor == "postgresql"
+    }
 
 
 def _buildable_connections() -> Iterator[Any]:

@@ -365,7 +365,9 @@ MISUSES = [
     ({"lock_shared": 1}, "lock_shared must be True or False"),
     ({"lock_on_direct_call": None}, "lock_on_direct_call must be True or False"),
     ({"lock_using": "lock"}, "not in DATABASES. Did you mean 'locks'"),
-    ({"lock_priority": 1}, "lock_priority is not available"),
+    ({"lock_priority": -1}, "lock_priority must be an int of 0 or more, not -1"),
+    ({"lock_priority": True}, "lock_priority must be an int of 0 or more, not True"),
+    ({"lock_priority": 2**31}, "lock_priority must be an int"),
 ]
 
 
