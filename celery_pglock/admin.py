@@ -79,7 +79,7 @@ class PGLockAdmin(StoppingPage):
         return inquiries.all_locks(alias_of(request))
 
     def get_list_display(self, request: Any) -> Any:
-        columns = ["lock", "task", "mode", "state", "taken", "age", "backend", "blocked_by"]
+        columns = ["lock", "task", "state", "age", "blocked_by", "backend", "mode", "taken"]
         return [*columns, "query"] if may_see_queries(request) else columns
 
     def read(self, changelist: Any, request: Any) -> None:

@@ -11,7 +11,7 @@ from statistics import median
 from django.utils import timezone
 
 WIDTH, HEIGHT = 640, 220
-LEFT, RIGHT, TOP, BOTTOM = 48, 16, 12, 28
+LEFT, RIGHT, TOP, BOTTOM = 48, 32, 12, 28
 TICKS = 4
 # Between points that are further apart than usual nobody knows what was.
 GAP = 3

@@ -18,7 +18,7 @@ LOSES_SESSION = (
     "code fails."
 )
 NOT_OF_A_CLIENT = "It is PostgreSQL's own ({}): the server starts it again when it is due."
-DOES_NOT_BEGIN = "If {task} still waits for its lock, it does not begin, and its message comes back later."
+DOES_NOT_BEGIN = "If it still waits for its lock, it does not begin, and its message comes back later."
 WAIT_FAILS = "The wait of {task} fails: it does not begin, and its message comes back later."
 LOCKS_ARE_FREED = "All locks of its session are freed at once, and others may get them."
 TASK_IS_TOLD = (

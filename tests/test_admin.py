@@ -379,9 +379,9 @@ def test_a_lock_is_listed_with_its_key_its_task_its_mode_its_age_and_its_holder(
     for words in (
         "'stock:north' advisory",
         "shop.tasks.sync [some-id] on celery@web1",
-        "EXCLUSIVE held",
+        "held 0:10:0",
+        "EXCLUSIVE",
         f"{moment:%Y-%m-%d %H:%M:%S}",
-        "0:10:0",
         f"{holder.pid} pglock:some-id, IDLE",
     ):
         assert words in row
