@@ -74,28 +74,36 @@ def session(transactional_db):
         yield make
 
 
-def task(session, *names, task_id=TASK_ID):
-    """The lock session of a task that holds these keys."""
-    somebody = session(application_name=labels.application_name(labels.LOCK_SESSION, task_id))
+def labelled(names, task_id):
+    """What a lock session sends to take these keys."""
     keys = [key(name) for name in names]
     since = timezone.now().timestamp() - 125
     owner = Owner("shop.tasks.import_prices", task_id, "celery@shop-1")
     label = labels.comment(owner, [Holding(one, since) for one in keys], show_names=True)
-    somebody.does(f"{label} SELECT {', '.join(taken(one) for one in keys)}")
+    return f"{label} SELECT {', '.join(f'pg_advisory_lock({one.arguments[0]})' for one in keys)}"
+
+
+def holder_of(session, *names):
+    """The lock session of a task that holds these keys."""
+    somebody = session(application_name=labels.application_name(labels.LOCK_SESSION, TASK_ID))
+    somebody.does(labelled(names, TASK_ID))
     return somebody
 
 
-def taken(one):
-    return f"pg_advisory_lock({one.arguments[0]})"
+def waiter_for(session, name, number=0):
+    """The lock session of another task."""
+    task_id = f"{number}d1f0c66-7a57-4b0c-9d56-2f6f0e7f5a11"
+    somebody = session(application_name=labels.application_name(labels.LOCK_SESSION, task_id))
+    somebody.waits(labelled([name], task_id))
+    return somebody
 
 
 @pytest.fixture
 def scene(session):
     """A morning in a shop: tasks that wait for another, and somebody who left a row locked."""
-    importer = task(session, "prices:42", f"catalogue:{'of-a-supplier-with-a-long-name-' * 5}")
+    importer = holder_of(session, "prices:42", f"catalogue:{'of-a-supplier-with-a-long-name-' * 5}")
     for number in range(3):
-        waiter = task(session, task_id=f"{number}d1f0c66-7a57-4b0c-9d56-2f6f0e7f5a11")
-        waiter.waits(f"SELECT {taken(key('prices:42'))}")
+        waiter_for(session, "prices:42", number)
     session(application_name="psql").does("SELECT pg_advisory_lock_shared(4711)")
     Entry.objects.create(key="a", task_id="", what="")
     session(application_name="gunicorn: worker [shop]").does("BEGIN", "UPDATE tests_entry SET key = 'b'")
@@ -182,8 +190,7 @@ def looking(request, person):
 
 
 def test_cancel_ends_what_a_backend_runs_and_nothing_else(looking, session):
-    holder, waiter = task(session, "prices:42"), session()
-    waiter.waits(f"SELECT {taken(key('prices:42'))}")
+    holder, waiter = holder_of(session, "prices:42"), waiter_for(session, "prices:42")
     choose(looking, "cancel", waiter)
     assert waiter.is_busy
     looking.leaves_by("[type=submit][value='Yes, cancel']")
@@ -195,8 +202,7 @@ def test_cancel_ends_what_a_backend_runs_and_nothing_else(looking, session):
 
 
 def test_terminate_ends_the_root_of_a_tree_and_frees_who_waits(looking, session):
-    holder, waiter = task(session, "prices:42"), task(session, task_id="another")
-    waiter.waits(f"SELECT {taken(key('prices:42'))}")
+    holder, waiter = holder_of(session, "prices:42"), waiter_for(session, "prices:42")
     looking.goes(WAITS)
     looking.leaves_by(f"button[name=terminate][value^='{holder.pid}|']")
     assert PGActivity.objects.filter(pk=holder.pid).exists()
@@ -209,7 +215,7 @@ def test_terminate_ends_the_root_of_a_tree_and_frees_who_waits(looking, session)
 
 
 def test_who_says_no_stops_nobody(looking, session):
-    holder = task(session, "prices:42")
+    holder = holder_of(session, "prices:42")
     choose(looking, "terminate", holder)
     looking.leaves_by("a.cancel-link")
     assert looking.driver.current_url.endswith(f"{LOCKS}?pid={holder.pid}")
