@@ -6,15 +6,19 @@ Meanwhile somebody has locked the tables that a report or a page would read, so 
 import re
 import time
 from collections import Counter
+from urllib.parse import urlencode
 
 import psycopg
 import pytest
+from django.contrib import admin
+from django.contrib.auth.models import User
 from django.core.management import call_command
 from django.db import connections
+from django.test import RequestFactory
 
 from celery_pglock import inquiries
 from celery_pglock.looks import looking
-from celery_pglock.models import BlockedPGLock, PGActivity, PGLock
+from celery_pglock.models import Act, BlockedPGLock, LockReport, PGActivity, PGLock
 from celery_pglock.wordings import UNREADABLE
 from tests.bystanders import bystanders
 from tests.crowds import crowd
@@ -194,3 +198,52 @@ def test_all_backends(people, alias):
     found = at_once(lambda: list(PGActivity.objects.using(alias)))
     assert len(found) > 250
     assert any(one.query == UNREADABLE for one in found) == (alias == ORDINARY)
+
+
+def page(model, **parameters):
+    """What a superuser of Django's sees in the admin."""
+    request = RequestFactory().get("/", parameters)
+    request.user = User(username="ada", is_staff=True, is_superuser=True)
+    response = admin.site.get_model_admin(model).changelist_view(request).render()
+    assert response.status_code == 200
+    return response.content.decode()
+
+
+OF_OTHERS = "Some belongs to other roles"
+
+
+@either
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"kind": "ADVISORY", "granted": "yes"},
+        {"task": "shop.sell", "older": "86400"},
+        {"q": "sale:5"},
+        {"o": "-2.1", "p": "5"},
+    ],
+    ids=urlencode,
+)
+def test_the_admins_list_of_locks(people, alias, chosen):
+    text = at_once(lambda: page(PGLock, database=alias, **chosen))
+    assert "Could not be read" not in text
+    if not chosen:
+        assert text.count('class="action-select"') == 100
+        assert all(f'?pid={one.pid}&amp;database={alias}">' in text for one in people.queue)
+        assert (OF_OTHERS in text) == (alias == ORDINARY)
+
+
+@either
+def test_the_admins_tree_of_blocked_locks(people, alias):
+    text = at_once(lambda: page(BlockedPGLock, database=alias))
+    for one in (*people.tasks[:1], *people.clerks, *people.queue, *people.chain, *people.for_table):
+        assert f"backend {one.pid}" in text
+    assert (OF_OTHERS in text) == (alias == ORDINARY)
+
+
+@either
+@pytest.mark.parametrize("model", [LockReport, Act])
+def test_the_admins_pages_of_what_is_locked_say_so_without_waiting(people, alias, model):
+    text = at_once(lambda: page(model, database=alias))
+    assert "Could not be read" in text
+    assert model._meta.db_table in text
