@@ -145,6 +145,12 @@ class Browser:
         """Whether the page itself has to be moved to the side; what scrolls within it does not count."""
         return bool(self.driver.execute_script(IS_TOO_WIDE))
 
+    def hides_a_part_of(self, selector: str) -> bool:
+        """Whether one of these elements has to be moved to the side to be seen in full."""
+        return any(
+            one.get_property("scrollWidth") > one.get_property("clientWidth") for one in self.finds(selector)
+        )
+
     def contrasts(self, selector: str) -> list[tuple[str, float]]:
         """All texts in an element with their contrasts, from 1 for what cannot be read to 21."""
         return [(text, contrast) for text, contrast in self.driver.execute_script(CONTRASTS, selector)]
