@@ -7,7 +7,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
-from django.db.models import BooleanField, Count, ExpressionWrapper, F, Q, Window
+from django.contrib.postgres.fields import ArrayField
+from django.db.models import (
+    BooleanField,
+    Count,
+    DurationField,
+    ExpressionWrapper,
+    F,
+    Func,
+    IntegerField,
+    Q,
+    Window,
+)
+from django.db.models.functions import Now
 
 from celery_pglock import config, labels
 from celery_pglock.config import Chosen
@@ -20,7 +32,7 @@ from celery_pglock.looks import looking
 from celery_pglock.models import BlockedPGLock, PGActivity, PGLock
 from celery_pglock.printed_texts import in_json, one_line
 from celery_pglock.querysets import IS_MARKER, OwnPid
-from celery_pglock.trees import Cycle, Obstacle, Pid, Tree, Waits
+from celery_pglock.trees import Cycle, Obstacle, Pid, Tree, Wait, Waits
 from celery_pglock.wordings import UNREADABLE
 
 INT = re.compile(r"0|-?[1-9][0-9]*")
@@ -28,10 +40,21 @@ PAIR = re.compile(r"\(\s*(0|-?[1-9][0-9]*)\s*,\s*(0|-?[1-9][0-9]*)\s*\)")
 # The locks by which transactions can be waited for: each holds those on itself, and mostly nobody waits.
 NOT_WAITED_FOR = IS_MARKER | Q(granted=True, type__in=("VIRTUALXID", "TRANSACTIONID"))
 
+# Choices for a person to read.
+MOST_TASKS = 100
+
 IN_QUOTES = re.compile(r"""(["'])(.*)\1""", re.DOTALL)
 
 Rows: TypeAlias = Any
 """A queryset of ``PGLock`` or ``BlockedPGLock``."""
+
+
+class Blockers(Func):
+    """Who is in the way of a backend; not the one that asks. 0 is a transaction that was prepared."""
+
+    function = "pg_blocking_pids"
+    template = "array_remove(%(function)s(%(expressions)s), pg_backend_pid())"
+    output_field = ArrayField(IntegerField())
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +113,37 @@ def rows(chosen: Chosen) -> Rows:
         found = found.exclude(blocking_activity_id=OwnPid())
     longest_first = [F(name).desc(nulls_last=True) for name in ("wait_duration", "activity__duration")]
     return found.exclude(activity_id=OwnPid()).order_by("granted", *longest_first, "pk")
+
+
+def all_locks(alias: str) -> Rows:
+    """All locks, each with its ``age`` by the database's clock, and with its ``activity``."""
+    age = ExpressionWrapper(Now() - F("since"), output_field=DurationField())
+    found = PGLock.objects.using(alias).exclude(activity_id=OwnPid())
+    return found.annotate(age=age).select_related("activity")
+
+
+def all_waits(alias: str) -> Rows:
+    """All waits, each with both of its activities."""
+    found = BlockedPGLock.objects.using(alias).exclude(activity_id=OwnPid())
+    return found.exclude(blocking_activity_id=OwnPid()).select_related("activity", "blocking_activity")
+
+
+def blockers_of(pids: Iterable[int], alias: str) -> dict[int, list[Pid]]:
+    """Who is in the way of each of these backends, as far as they wait."""
+    found: dict[int, list[Pid]] = {}
+    if waiting := set(pids):
+        pairs = BlockedPGLock.objects.using(alias).filter(activity_id__in=waiting)
+        for waiter, blocker in pairs.values_list("activity_id", "blocking_activity_id"):
+            found.setdefault(waiter, []).append(blocker)
+    return found
+
+
+def task_names(alias: str) -> list[str]:
+    """The names of the tasks that sessions say they work for, true or not."""
+    labelled = PGActivity.objects.using(alias).filter(context__isnull=False)
+    contexts: Iterable[Any] = labelled.values_list("context", flat=True)
+    names = {str((context or {}).get("task_name") or "") for context in contexts}
+    return sorted(names - {""})[:MOST_TASKS]
 
 
 def listing(chosen: Chosen) -> Listing:
@@ -174,12 +228,20 @@ def _holder_in_json(holder: Holder) -> dict[str, Any]:
     return {name: in_json(value) for name, value in asdict(holder).items()}
 
 
-def _all_waits(alias: str) -> list[Any]:
-    found = BlockedPGLock.objects.using(alias).prefetch_related("activity", "blocking_activity")
-    return list(found.exclude(activity_id=OwnPid()).exclude(blocking_activity_id=OwnPid()))
+def _all_waits(alias: str) -> list[Wait]:
+    # In a queue of n waiters each is behind all before it: too many rows for one of BlockedPGLock each.
+    waiting = PGLock.objects.using(alias).filter(granted=False).exclude(activity_id=OwnPid())
+    found = [(row, sorted(set(row.blockers))) for row in waiting.annotate(blockers=Blockers("activity_id"))]
+    pids = {pid for row, blockers in found for pid in (row.activity_id, *blockers)}
+    activities = PGActivity.objects.using(alias).in_bulk(pids)
+    return [
+        Wait(row, row.activity_id, activities.get(row.activity_id), blocker or None, activities.get(blocker))
+        for row, blockers in found
+        for blocker in blockers
+    ]
 
 
-def _waits(alias: str, found: Iterable[Any]) -> Waits:
+def _waits(alias: str, found: Iterable[Wait]) -> Waits:
     sessions = Q(application_name__startswith=f"{labels.LOCK_SESSION}:")
     sessions |= Q(application_name__startswith=f"{labels.WORK_CONNECTION}:")
     names = PGActivity.objects.using(alias).filter(sessions).values_list("pk", "application_name")
@@ -196,9 +258,12 @@ def _concerns(waits: Waits, roots: Iterable[Pid], cycle: Cycle) -> bool:
     return any(waits.holds_up(root, [wait.activity_id for wait in cycle.waits]) for root in roots)
 
 
-def _are_unreadable(found: Iterable[Any]) -> bool:
-    activities = [activity for row in found for activity in (row.activity, row.blocking_activity)]
-    return any(activity is not None and activity.query == UNREADABLE for activity in activities)
+def _are_unreadable(found: Iterable[Wait]) -> bool:
+    return any(
+        activity is not None and activity.query == UNREADABLE
+        for wait in found
+        for activity in (wait.activity, wait.blocking_activity)
+    )
 
 
 def _limit(given: Any) -> int | None:

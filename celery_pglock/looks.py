@@ -16,14 +16,23 @@ from celery_pglock.raw_connections import check_vendor
 LOCK_TIMEOUT = "1000"
 STATEMENT_TIMEOUT = "10000"
 
+# PostgreSQL does not know how many locks and backends there are: it expects one, and would go through all
+# backends for each lock. Where it has no other way than such a loop, it takes that for so much work that
+# compiling the query first would pay.
+SETTINGS = {
+    "lock_timeout": LOCK_TIMEOUT,
+    "statement_timeout": STATEMENT_TIMEOUT,
+    "enable_nestloop": "off",
+    "jit": "off",
+}
+
 # Within one transaction PostgreSQL shows the activity of its first look again and again: hence the clearing.
-BOUND = """
-SELECT current_setting('lock_timeout'), current_setting('statement_timeout'),
-       set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true),
-       pg_stat_clear_snapshot()
+BOUND = f"""
+SELECT {", ".join(f"current_setting('{name}')" for name in SETTINGS)},
+       {", ".join(["set_config(%s, %s, true)"] * len(SETTINGS))}, pg_stat_clear_snapshot()
 """
 BOUND_FOR_GOOD = "SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false)"
-RESTORE = "SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)"
+RESTORE = f"SELECT {', '.join(['set_config(%s, %s, true)'] * len(SETTINGS))}"
 
 
 @contextmanager
@@ -40,11 +49,11 @@ def looking(alias: str) -> Iterator[None]:
         transaction.atomic(using=alias),
         connection.cursor() as cursor,
     ):
-        cursor.execute(BOUND, [LOCK_TIMEOUT, STATEMENT_TIMEOUT])
-        *before, _, _, _ = cursor.fetchone()
+        cursor.execute(BOUND, [text for pair in SETTINGS.items() for text in pair])
+        before = dict(zip(SETTINGS, cursor.fetchone(), strict=False))
         yield
         if is_nested:
-            cursor.execute(RESTORE, before)
+            cursor.execute(RESTORE, [text for pair in before.items() for text in pair])
 
 
 @contextmanager

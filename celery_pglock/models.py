@@ -281,6 +281,7 @@ class PGLock(Lock):
 
     class Meta(Lock.Meta):
         abstract = False
+        verbose_name = "lock"
 
 
 class BlockedPGLock(Lock):
@@ -297,6 +298,7 @@ class BlockedPGLock(Lock):
 
     class Meta(Lock.Meta):
         abstract = False
+        verbose_name = "blocked lock"
 
 
 def count_skip(sender: Any, lock: Any, conflict: Any, **_: Any) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from celery_pglock import backends, wordings
+from celery_pglock import backends, consequences, wordings
 from celery_pglock.backends import Stop, Victim
 from celery_pglock.config import Chosen
 from celery_pglock.errors import LockMisuse
@@ -27,13 +27,31 @@ class Target:
     rows: Sequence[Any]
 
     def __str__(self) -> str:
-        task = next((row for row in self._own_rows() if row.task_name), None)
-        words = wordings.backend(self.activity, task.task_name if task else "", task.task_id if task else "")
+        return self.words + (f"; {self.query}" if self.query else "")
+
+    @property
+    def words(self) -> str:
+        """Who it is and why it was chosen, without its query."""
+        words = wordings.backend(self.activity, *self._task)
         application = one_line(self.activity.application_name or "") if self.activity else ""
         if application and application not in words:
             words = words.replace(", ", f" ({application}), ", 1)
-        query = cut(one_line(self.activity.query), LONGEST_QUERY) if self.activity else ""
-        return f"backend {self.pid}: {words}, {self._reason()}" + (f"; {query}" if query else "")
+        return f"backend {self.pid}: {words}, {self._reason()}"
+
+    @property
+    def query(self) -> str:
+        """The beginning of its query, on one line."""
+        return cut(one_line(self.activity.query), LONGEST_QUERY) if self.activity else ""
+
+    def consequence(self, *, terminates: bool) -> str:
+        """What stopping it does to whoever uses it."""
+        name, _ = self._task
+        return consequences.consequence(self.activity, name, terminates=terminates)
+
+    @property
+    def _task(self) -> tuple[str, str]:
+        task = next((row for row in self._own_rows() if row.task_name), None)
+        return (task.task_name, task.task_id) if task else ("", "")
 
     def _own_rows(self) -> list[Any]:
         return [row for row in self.rows if row.activity_id == self.pid]
@@ -93,9 +111,14 @@ def order(chosen: Chosen) -> Order:
     related = {"activity", victim}
     with looking(str(chosen.database)):
         found = list(rows(chosen).select_related(*related))
+    named = targets(found, victim)
+    return Order(chosen, named, len(found) - sum(len(target.rows) for target in named))
+
+
+def targets(found: Iterable[Any], victim: str) -> tuple[Target, ...]:
+    """The backends in this column of rows, each once; those of prepared transactions are left out."""
     rows_of: dict[int, list[Any]] = {}
     for row in found:
         if (pid := getattr(row, f"{victim}_id")) is not None:
             rows_of.setdefault(pid, []).append(row)
-    targets = [Target(pid, getattr(chosen_for[0], victim), chosen_for) for pid, chosen_for in rows_of.items()]
-    return Order(chosen, tuple(targets), len(found) - sum(map(len, rows_of.values())))
+    return tuple(Target(pid, getattr(chosen[0], victim), chosen) for pid, chosen in rows_of.items())

@@ -21,6 +21,20 @@ INDENT = "    "
 MOST_NAMED = 10
 
 
+@dataclass(slots=True, eq=False)
+class Wait:
+    """A row of ``PGLock`` that is waited for, once for each backend that is in the way."""
+
+    lock: Any
+    activity_id: int
+    activity: Any
+    blocking_activity_id: Pid
+    blocking_activity: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.lock, name)
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """Somebody in a tree; ``other_sessions`` are those of the same task."""
@@ -147,7 +161,7 @@ class Cycle:
 
 
 class Waits:
-    """All waits in a database: rows of ``BlockedPGLock`` with their activities.
+    """All waits in a database: each is a ``Wait``, or a row of ``BlockedPGLock``.
 
     ``application_names`` are those of all backends that could be other sessions of a waiter's task;
     ``tasks`` are the names and ids of tasks whose labels are to be believed. Both are by pid.

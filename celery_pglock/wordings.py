@@ -15,7 +15,19 @@ UNREADABLE = "<insufficient privilege>"
 
 def lock(row: Any) -> str:
     """A lock by its type, its mode, and its name, table or number."""
-    return " ".join([row.type, row.mode, *filter(None, [_subject(row)])])
+    return " ".join([row.type, row.mode, *filter(None, [subject(row)])])
+
+
+def subject(row: Any) -> str:
+    """What a lock is on: its name, its table or its number; empty for what has none of them."""
+    if row.name:
+        return repr(row.name)
+    if row.rel_name:
+        return one_line(row.rel_name)
+    if row.type == "ADVISORY":
+        arguments = Key(row.objsubid, row.classid, row.objid, "").arguments
+        return str(arguments[0]) if len(arguments) == 1 else str(arguments)
+    return ""
 
 
 def backend(activity: Any, task_name: str = "", task_id: str = "") -> str:
@@ -38,14 +50,3 @@ def in_state(activity: Any) -> timedelta | None:
         return None
     found: timedelta = activity.start + activity.duration - activity.state_change
     return found
-
-
-def _subject(row: Any) -> str:
-    if row.name:
-        return repr(row.name)
-    if row.rel_name:
-        return one_line(row.rel_name)
-    if row.type == "ADVISORY":
-        arguments = Key(row.objsubid, row.classid, row.objid, "").arguments
-        return str(arguments[0]) if len(arguments) == 1 else str(arguments)
-    return ""

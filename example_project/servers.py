@@ -69,10 +69,10 @@ def initialize(home: Path, data: Path, user: pwd.struct_passwd | None) -> None:
 
 @contextlib.contextmanager
 def serving(
-    home: Path, data: Path, port: int, user: pwd.struct_passwd | None
+    home: Path, data: Path, port: int, user: pwd.struct_passwd | None, **settings: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A running server of these files; gives its process."""
-    options = [f"-c{name}={value}" for name, value in POSTGRESQL_SETTINGS.items()]
+    """A running server of these files, with settings of its own; gives its process."""
+    options = [f"-c{name}={value}" for name, value in {**POSTGRESQL_SETTINGS, **settings}.items()]
     command = [home / "bin" / "postgres", "-D", data, "-p", str(port), "-k", "", "-h", "127.0.0.1"]
 
     def answers() -> bool:

@@ -81,13 +81,14 @@ class _Server:
 
 
 class Cluster(_Server):
-    """A PostgreSQL cluster; ``process`` is its postmaster.
+    """A PostgreSQL cluster with settings of its own; ``process`` is its postmaster.
 
     ``version`` is one that example_project embeds; unnamed it is the one that the tests run against.
     """
 
-    def __init__(self, version: str | None = None) -> None:
+    def __init__(self, version: str | None = None, **settings: str) -> None:
         self.version = version or version_of_the_tests()
+        self._settings = settings
 
     def _prepare(self, folder: Path) -> None:
         self._home, self._user = servers.readable_postgresql(self.version, folder)
@@ -95,7 +96,12 @@ class Cluster(_Server):
         servers.initialize(self._home, self._data, self._user)
 
     def _serving(self) -> AbstractContextManager[subprocess.Popen[bytes]]:
-        return servers.serving(self._home, self._data, self.port, self._user)
+        return servers.serving(self._home, self._data, self.port, self._user, **self._settings)
+
+    @property
+    def log(self) -> str:
+        """All that it has logged."""
+        return self._data.with_name(f"{self._data.name}.log").read_text(errors="replace")
 
     def stop(self, mode: str = "fast") -> None:
         """Stop it as ``pg_ctl`` would: "immediate" is a crash, and "smart" waits for the clients to leave.
@@ -122,7 +128,7 @@ class Standby(Cluster):
     """A hot standby of another cluster, until it is promoted."""
 
     def __init__(self, primary: Cluster) -> None:
-        super().__init__(primary.version)
+        super().__init__(primary.version, **primary._settings)
         self._primary = primary
 
     def _prepare(self, folder: Path) -> None:

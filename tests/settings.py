@@ -8,7 +8,34 @@ import dj_database_url
 
 SECRET_KEY = "tests"
 USE_TZ = True
-INSTALLED_APPS = ["celery_pglock", "tests"]
+APPS = ["celery_pglock", "tests"]
+OF_THE_ADMIN = [
+    f"django.contrib.{app}"
+    for app in ("auth", "contenttypes", "sessions", "messages", "staticfiles", "admin")
+]
+INSTALLED_APPS = [*APPS, *OF_THE_ADMIN]
+ROOT_URLCONF = "tests.urls"
+STATIC_URL = "static/"
+MIDDLEWARE = [
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+]
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 _database = dj_database_url.parse(

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import psycopg
 import pytest
-from django.core.checks.registry import registry
+from django.conf import settings
+from django.contrib.auth.models import User
 from django.db import OperationalError, connection, connections, transaction
 from django.db.utils import OperationalError as DjangosOperationalError
-from django.test.utils import modify_settings
 
 import celery_pglock as alock
 import celery_pglock as pglock
@@ -360,29 +360,6 @@ class TestTransactionLevelLocks:
             pglock.advisory("lock_id", xact=True).acquire()
 
 
-@pytest.fixture
-def auth_user(rival, monkeypatch):
-    """The tables of ``auth.User``, in a project that has it."""
-    apps = ["django.contrib.contenttypes", "django.contrib.auth"]
-    # An app registers its checks for as long as the process lives, and they fail where it is not installed.
-    monkeypatch.setattr(registry, "registered_checks", set(registry.registered_checks))
-    with modify_settings(INSTALLED_APPS={"append": apps}):
-        # Their models can only be imported where their apps are installed.
-        from django.contrib.auth.models import Group, Permission, User
-        from django.contrib.contenttypes.models import ContentType
-
-        models = [ContentType, Permission, Group, User]
-        with connection.schema_editor() as editor:
-            for model in models:
-                editor.create_model(model)
-        try:
-            yield User
-        finally:
-            with connection.schema_editor() as editor:
-                for model in reversed(models):
-                    editor.delete_model(model)
-
-
 def reads(table):
     """Whether somebody else can read the table without waiting."""
     reader = Rival()
@@ -400,14 +377,15 @@ def reads(table):
 class TestModelLocks:
     """django-pglock: Model Locks."""
 
-    def test_any_operations_on_auth_user_will_be_exclusive_even_read_access_is_blocked(self, auth_user):
+    @pytest.mark.django_db(transaction=True, available_apps=settings.INSTALLED_APPS)
+    def test_any_operations_on_auth_user_will_be_exclusive_even_read_access_is_blocked(self):
         with transaction.atomic():
             pglock.model("auth.User")
 
             # Any operations on auth.User will be exclusive here. Even read access
             # for other transactions is blocked
             assert not reads("auth_user")
-            assert auth_user.objects.count() == 0
+            assert User.objects.count() == 0
         assert reads("auth_user")
 
     def test_it_accepts_the_lock_mode_as_an_argument(self, rival):

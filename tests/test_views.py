@@ -167,11 +167,8 @@ class TestKinds:
         assert one(relation=oid, mode="ACCESS_EXCLUSIVE").rel_name is None
 
     def test_a_prepared_transaction_in_the_way_has_no_backend(self, monkeypatch):
-        from example_project import servers
-
-        monkeypatch.setitem(servers.POSTGRESQL_SETTINGS, "max_prepared_transactions", "2")
         locks = connections["locks"]
-        with Cluster() as cluster:
+        with Cluster(max_prepared_transactions="2") as cluster:
             locks.close()
             here = {"HOST": "127.0.0.1", "PORT": str(cluster.port), "NAME": "postgres", "USER": "postgres"}
             for name, value in here.items():

@@ -6,29 +6,37 @@ from django.db import migrations, models
 import celery_pglock.fields
 
 # Columns by their names only, so that pg_upgrade can bring the views to a server whose own views have others.
+# PostgreSQL knows no statistics of its own functions: after two filters it expects one row, joins thousands by
+# nested loops, and would read this view again for each of them. Hence what is MATERIALIZED here and below.
 ACTIVITY = r"""
 CREATE VIEW celery_pglock_pgactivity AS
+WITH backends AS MATERIALIZED (
+    SELECT
+        pid AS id,
+        query_start AS start,
+        clock_timestamp() - query_start AS duration,
+        regexp_replace(query, '^/\*(?:pglock:1 |pga_context=)[^*]*\*/\s*', '') AS query,
+        substring(query FROM '^/\*(?:pglock:1 |pga_context=)[^*]*(?:\*/)?') AS context,
+        upper(replace(state, ' ', '_')) AS state,
+        xact_start,
+        backend_start,
+        state_change,
+        upper(regexp_replace(wait_event_type, '([a-z])([A-Z])', '\1_\2', 'g')) AS wait_event_type,
+        upper(regexp_replace(wait_event, '([a-z])([A-Z])', '\1_\2', 'g')) AS wait_event,
+        backend_xid::text AS backend_xid,
+        backend_xmin::text AS backend_xmin,
+        upper(replace(backend_type, ' ', '_')) AS backend_type,
+        application_name,
+        host(client_addr) AS client_addr,
+        client_hostname,
+        client_port
+    FROM pg_stat_activity
+    WHERE datname = current_database()
+)
 SELECT
-    pid AS id,
-    query_start AS start,
-    clock_timestamp() - query_start AS duration,
-    regexp_replace(query, '^/\*(?:pglock:1 |pga_context=)[^*]*\*/\s*', '') AS query,
-    substring(query FROM '^/\*(?:pglock:1 |pga_context=)[^*]*(?:\*/)?') AS context,
-    upper(replace(state, ' ', '_')) AS state,
-    xact_start,
-    backend_start,
-    state_change,
-    upper(regexp_replace(wait_event_type, '([a-z])([A-Z])', '\1_\2', 'g')) AS wait_event_type,
-    upper(regexp_replace(wait_event, '([a-z])([A-Z])', '\1_\2', 'g')) AS wait_event,
-    backend_xid::text AS backend_xid,
-    backend_xmin::text AS backend_xmin,
-    upper(replace(backend_type, ' ', '_')) AS backend_type,
-    application_name,
-    host(client_addr) AS client_addr,
-    client_hostname,
-    client_port
-FROM pg_stat_activity
-WHERE datname = current_database()
+    id, start, duration, query, context, state, xact_start, backend_start, state_change, wait_event_type, wait_event,
+    backend_xid, backend_xmin, backend_type, application_name, client_addr, client_hostname, client_port
+FROM backends
 """
 
 # A label is believed where it names the very lock of the row. A backend that waits for a row waits for the
@@ -36,20 +44,16 @@ WHERE datname = current_database()
 # that is not advisory is of one transaction: a later one's, of the same backend, is not what was chosen.
 LOCKS = r"""
 CREATE VIEW celery_pglock_pglock AS
-WITH locks AS MATERIALIZED (
-    SELECT locktype, database, relation, page, tuple, virtualxid, transactionid, classid, objid, objsubid,
-           virtualtransaction, pid, mode, granted, waitstart
-    FROM pg_locks
-), labels AS MATERIALIZED (
+WITH queries AS MATERIALIZED (
     SELECT pid, application_name, xact_start,
         -- Each word of it with a blank behind; the last is left out if the server has cut the query there.
         regexp_replace(substring(query FROM '^/\*(pglock:1 [^*]*\*?)'), '(?:\*| [^ *]*)$', ' ') AS label
     FROM pg_stat_activity WHERE datname = current_database()
-), backends AS MATERIALIZED (
+), labels AS MATERIALIZED (
     SELECT pid, label, xact_start,
-        substring(label FROM ' task=([^ ]*) ') AS labelled_task,
+        substring(label FROM ' task=([^ ]*) ') AS task_name,
         substring(label FROM ' id=([^ ]*) ') AS labelled_id,
-        substring(label FROM ' worker=([^ ]*) ') AS labelled_worker,
+        substring(label FROM ' worker=([^ ]*) ') AS worker,
     (
         SELECT string_agg(
             CASE WHEN c ~ '[A-Za-z0-9_.~-]' THEN c ELSE '%' || upper(encode(convert_to(c, 'UTF8'), 'hex')) END,
@@ -58,9 +62,31 @@ WITH locks AS MATERIALIZED (
         FROM regexp_split_to_table(substring(application_name FROM '^(?:pglock|celery):(.*)$'), '')
              WITH ORDINALITY AS characters (c, position)
     ) AS task_id
-    FROM labels
-), this_database AS MATERIALIZED (
-    SELECT oid FROM pg_database WHERE datname = current_database()
+    FROM queries
+), keys AS MATERIALIZED (
+    SELECT DISTINCT ON (pid, key)
+        pid, task_name, labelled_id, worker,
+        substring(word FROM '^key=([0-9]+:[0-9]+:[0-9]+):') AS key,
+        split_part(word, ':', 4) AS since,
+        split_part(word, ':', 5) AS name
+    FROM labels, unnest(string_to_array(label, ' ')) WITH ORDINALITY AS words (word, position)
+    WHERE word ~ '^key=[0-9]+:[0-9]+:[0-9]+:[0-9.]*:[^:]*$'
+    ORDER BY pid, key, position
+), locks AS MATERIALIZED (
+    SELECT
+        l.locktype, l.database, l.relation, l.page, l.tuple, l.virtualxid, l.transactionid, l.classid, l.objid,
+        l.objsubid, l.virtualtransaction, l.pid, l.mode, l.granted, l.waitstart,
+        coalesce(l.relation, CASE WHEN l.locktype = 'transactionid' AND NOT l.granted THEN
+            max(l.relation) FILTER (WHERE l.locktype = 'tuple' AND l.granted) OVER (PARTITION BY l.pid)
+        END) AS its_relation,
+        b.pid IS NOT NULL AS is_here, b.xact_start, b.task_id,
+        k.since AS labelled_since, k.name, k.task_name, k.labelled_id, k.worker
+    FROM pg_locks AS l
+    -- A full join is never a nested loop.
+    FULL JOIN labels AS b ON b.pid = l.pid
+    FULL JOIN keys AS k
+        ON k.pid = l.pid
+        AND k.key = CASE WHEN l.locktype = 'advisory' THEN concat_ws(':', l.objsubid, l.classid, l.objid) END
 )
 SELECT
     concat_ws(
@@ -77,9 +103,9 @@ SELECT
     clock_timestamp() - l.waitstart AS wait_duration,
     CASE
         WHEN NOT l.granted THEN l.waitstart
-        WHEN l.locktype <> 'advisory' THEN b.xact_start
+        WHEN l.locktype <> 'advisory' THEN l.xact_start
         -- Anybody may write a label: only what to_timestamp() takes.
-        WHEN its.name IS NOT NULL THEN to_timestamp(substring(told.rest FROM '^([0-9]{1,11}([.][0-9]+)?):')::float8)
+        WHEN l.labelled_since ~ '^[0-9]{1,11}([.][0-9]+)?$' THEN to_timestamp(l.labelled_since::float8)
     END AS since,
     CASE c.relkind
         WHEN 'r' THEN 'TABLE'
@@ -95,36 +121,19 @@ SELECT
         ELSE c.relkind::text
     END AS rel_kind,
     CASE WHEN NOT pg_table_is_visible(c.oid) THEN n.nspname || '.' ELSE '' END || c.relname AS rel_name,
-    coalesce(l.relation, of_row.relation)::bigint AS relation,
-    coalesce(its.name, '') AS name,
-    coalesce(CASE WHEN its.name IS NOT NULL THEN b.labelled_task END, '') AS task_name,
-    coalesce(nullif(CASE WHEN its.name IS NOT NULL THEN b.labelled_id END, ''), b.task_id, '') AS task_id,
-    coalesce(CASE WHEN its.name IS NOT NULL THEN b.labelled_worker END, '') AS worker,
+    l.its_relation::bigint AS relation,
+    coalesce(l.name, '') AS name,
+    coalesce(l.task_name, '') AS task_name,
+    coalesce(nullif(l.labelled_id, ''), l.task_id, '') AS task_id,
+    coalesce(l.worker, '') AS worker,
     l.classid::bigint AS classid,
     l.objid::bigint AS objid,
     l.objsubid
 FROM locks AS l
-CROSS JOIN this_database AS d
-LEFT JOIN backends AS b ON b.pid = l.pid
-LEFT JOIN LATERAL (
-    SELECT t.relation FROM locks AS t
-    WHERE l.locktype = 'transactionid' AND NOT l.granted
-      AND t.pid = l.pid AND t.locktype = 'tuple' AND t.granted
-    LIMIT 1
-) AS of_row ON true
-LEFT JOIN pg_class AS c ON c.oid = coalesce(l.relation, of_row.relation)
+LEFT JOIN pg_class AS c ON c.oid = l.its_relation
 LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
--- The key as a label has it, followed by since when, and by its name.
-LEFT JOIN LATERAL (
-    SELECT concat(' key=', l.objsubid, ':', l.classid::bigint, ':', l.objid::bigint, ':') AS start
-    WHERE l.locktype = 'advisory'
-) AS key ON true
-LEFT JOIN LATERAL (
-    SELECT split_part(substr(b.label, strpos(b.label, key.start) + length(key.start)), ' ', 1) AS rest
-    WHERE strpos(b.label, key.start) > 0
-) AS told ON true
-LEFT JOIN LATERAL (SELECT substring(told.rest FROM '^[0-9.]*:([^:]*)$') AS name) AS its ON true
-WHERE l.database = d.oid OR (coalesce(l.database, 0) = 0 AND b.pid IS NOT NULL)
+WHERE l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    OR (l.locktype IS NOT NULL AND coalesce(l.database, 0) = 0 AND l.is_here)
 """
 
 # PostgreSQL gives 0 for a transaction that was prepared, which has no backend.
@@ -237,6 +246,7 @@ class Migration(migrations.Migration):
                 "managed": False,
                 "default_manager_name": "no_objects",
                 "default_permissions": ("view",),
+                "verbose_name": "lock",
             },
         ),
         migrations.CreateModel(
@@ -246,6 +256,7 @@ class Migration(migrations.Migration):
                 "managed": False,
                 "default_manager_name": "no_objects",
                 "default_permissions": ("view",),
+                "verbose_name": "blocked lock",
             },
         ),
         migrations.RunPython(create_views, drop_views),
