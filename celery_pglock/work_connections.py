@@ -98,14 +98,14 @@ def _mark(connection: Any) -> bool:
     if not (_critical.priority and _can_be_marked(connection) and connection.connection.autocommit):
         return True
     name = labels.application_name(labels.WORK_CONNECTION, _critical.task_id)
-    return _tell(connection, MARK, markers.marker(_critical.priority), name)
+    return _could_tell(connection, MARK, markers.marker(_critical.priority), name)
 
 
 def _unmark(connection: Any, priority: int) -> bool:
-    return not _can_be_marked(connection) or _tell(connection, UNMARK, markers.marker(priority))
+    return not _can_be_marked(connection) or _could_tell(connection, UNMARK, markers.marker(priority))
 
 
-def _tell(connection: Any, sql: str, marker: Key, *names: str) -> bool:
+def _could_tell(connection: Any, sql: str, marker: Key, *names: str) -> bool:
     """Whether it could be told: not on a connection that is broken, or whose transaction has failed."""
     session = connection.connection
     try:
