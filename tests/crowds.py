@@ -10,6 +10,7 @@ from uuid import uuid4
 from celery_pglock import labels
 from celery_pglock.keys import Key, key
 from celery_pglock.labels import Holding, Owner
+from celery_pglock.markers import marker
 from tests.bystanders import Bystander, bystanders
 
 STALLS = 49
@@ -34,7 +35,7 @@ Make = Callable[..., Bystander]
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """Who is in it; each waiter of the chain waits for the one before."""
+    """Who is in it: each of the chain waits for the one before, and the last of the queue is critical."""
 
     tasks: list[Bystander]
     strangers: list[Bystander]
@@ -64,6 +65,7 @@ def _gathered(make: Make) -> Crowd:
     clerks = [_clerk(make, stall) for stall in range(1, 41)]
 
     queue = [_task(make) for _ in range(20)]
+    queue[-1].take(marker(1), shared=True)
     for waiter in queue:
         _wait_for_key(waiter, "sale:0:0")
     chain = [_task(make, [f"link:{number}"]) for number in range(11)]

@@ -14,9 +14,9 @@ from django.contrib import admin
 from django.contrib.auth.models import User
 from django.core.management import call_command
 from django.db import connections
-from django.test import RequestFactory
+from django.test import RequestFactory, override_settings
 
-from celery_pglock import inquiries
+from celery_pglock import clearances, histories, inquiries, reports
 from celery_pglock.looks import looking
 from celery_pglock.models import Act, BlockedPGLock, LockReport, PGActivity, PGLock
 from celery_pglock.wordings import UNREADABLE
@@ -198,6 +198,44 @@ def test_all_backends(people, alias):
     found = at_once(lambda: list(PGActivity.objects.using(alias)))
     assert len(found) > 250
     assert any(one.query == UNREADABLE for one in found) == (alias == ORDINARY)
+
+
+class ToTheCrowd:
+    """Where skips are counted."""
+
+    def __init__(self, alias):
+        self.alias = alias
+
+    def db_for_read(self, model, **hints):
+        return self.alias
+
+    db_for_write = db_for_read
+
+
+@either
+def test_the_report_tells_what_it_could_not_read_or_write(people, alias):
+    limits = reports.Thresholds(held_after=60, waiting_after=0, skipped_after=1)
+
+    def report():
+        found = reports.report(alias, limits, lambda runs: (frozenset(), ()))
+        return found, histories.keep(found)
+
+    with override_settings(DATABASE_ROUTERS=[ToTheCrowd(alias)]):
+        found, undone = at_once(report)
+    assert (found.held >= 5_000, found.waiting, found.skipped) == (True, 50, None)
+    assert any("counts of skips" in one for one in found.unread)
+    assert any("not in the history" in one for one in undone)
+    chains = [one for one in found.findings if one["kind"] == reports.CHAIN]
+    assert people.chain[0].pid in {one["pid"] for one in chains}
+
+
+@either
+def test_whom_critical_tasks_wait_for(people, alias):
+    found = at_once(lambda: clearances.look(alias, 0))
+    assert [waiter.pid for waiter in found.waiters] == [people.queue[-1].pid]
+    in_the_way = {session.pid for blocker in found.blockers for session in blocker.sessions}
+    in_the_way |= {one.pid for one in found.spared}
+    assert in_the_way == {one.pid for one in (people.tasks[0], *people.queue[:-1])}
 
 
 def page(model, **parameters):
