@@ -29,6 +29,7 @@ def _one_runner(*, using: str | None = None, **_: Any) -> str:
     lock_key=_one_runner,
     lock_timeout=0,
     lock_side_effect=Skip(),
+    lock_strict=False,
     lock_on_direct_call=True,
 )
 def prioritize_critical_tasks(
