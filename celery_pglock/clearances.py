@@ -433,10 +433,8 @@ def _task_or_pid(pid: int | None, activity: Any) -> TaskOrPid:
 
 def _markers(alias: str) -> set[tuple[Any, Any]]:
     """The backends that run critical tasks, with their priorities."""
-    one = markers.marker(1)
-    found = PGLock.objects.using(alias).filter(
-        type="ADVISORY", classid=one.classid, objsubid=one.objsubid, granted=True, activity_id__isnull=False
-    )
+    held = PGLock.objects.using(alias).filter(type="ADVISORY", granted=True, activity_id__isnull=False)
+    found = held.filter(**markers.columns())
     return set(found.values_list("activity_id", "objid"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from typing import Any
 
 from django.conf import settings as django_settings
@@ -11,9 +12,6 @@ from django.db import connections
 
 from celery_pglock.durations import Duration, seconds
 from celery_pglock.errors import LockMisuse, did_you_mean
-
-# Named by the reference, built later: refused rather than silently without effect.
-NOT_AVAILABLE = frozenset({"HELD_AFTER", "WAITING_AFTER", "SKIPPED_AFTER", "RETENTION"})
 
 # The settings of django-pglock that stand in for those of ours that are not given.
 OF_DJANGO_PGLOCK = {
@@ -103,7 +101,14 @@ class Settings:
     """Options of the command by the names of configurations."""
     LIST_LIMIT: int | None = 25
     """How many rows the command shows; ``None`` shows all."""
-
+    HELD_AFTER: Duration = 300
+    """Seconds after which a report tells of an advisory lock that is held; ``None`` never does."""
+    WAITING_AFTER: Duration = 60
+    """Seconds after which a report tells of a wait for a lock; ``None`` never does."""
+    SKIPPED_AFTER: int = 10
+    """How many skips because of one key, in this hour and the last, a report tells of; 1 or more."""
+    RETENTION: Duration = timedelta(days=30)
+    """How long reports and hourly counts are kept, in seconds; ``None`` keeps them for ever."""
     VICTIMS: Sequence[str] | None = (
         "application_name__startswith=celery:",
         "application_name__startswith=pglock:",
@@ -123,8 +128,6 @@ def current() -> Settings:
         raise LockMisuse(f"The setting CELERY_PGLOCK must be a dict, not {given!r}.")
     known = [setting.name for setting in fields(Settings)]
     for name in given:
-        if name in NOT_AVAILABLE:
-            raise LockMisuse(f"CELERY_PGLOCK[{name!r}] is not available in this version; remove it.")
         if name not in known:
             raise LockMisuse(f"CELERY_PGLOCK has no key {name!r}.{did_you_mean(str(name), known)}")
     theirs = {
@@ -150,6 +153,14 @@ def current() -> Settings:
             f"in another mode session-level locks exclude nobody."
         )
     check_on_lost(settings.ON_LOST, "CELERY_PGLOCK['ON_LOST']")
+    seconds(settings.HELD_AFTER, "CELERY_PGLOCK['HELD_AFTER']")
+    seconds(settings.WAITING_AFTER, "CELERY_PGLOCK['WAITING_AFTER']")
+    check_count(settings.SKIPPED_AFTER, "CELERY_PGLOCK['SKIPPED_AFTER']")
+    if seconds(settings.RETENTION, "CELERY_PGLOCK['RETENTION']") == 0:
+        raise LockMisuse(
+            f"CELERY_PGLOCK['RETENTION'] must be longer than 0 seconds, or None to keep everything, not "
+            f"{settings.RETENTION!r}."
+        )
     _check_victims(settings.VICTIMS)
     return settings
 
@@ -214,6 +225,12 @@ def check_on_lost(given: Any, where: str) -> None:
             f"{where} must be one of {', '.join(map(repr, ON_LOST))}, not {given!r}."
             f"{did_you_mean(str(given), ON_LOST)}"
         )
+
+
+def check_count(given: Any, where: str) -> None:
+    """Refuse what is no int of 1 or more; ``where`` is what the error calls it."""
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise LockMisuse(f"{where} must be an int of 1 or more, not {given!r}.")
 
 
 def check_alias(alias: Any, where: str) -> None:

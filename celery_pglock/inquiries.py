@@ -28,8 +28,7 @@ PAIR = re.compile(r"\(\s*(0|-?[1-9][0-9]*)\s*,\s*(0|-?[1-9][0-9]*)\s*\)")
 # The locks by which transactions can be waited for: each holds those on itself, and mostly nobody waits. And
 # the markers of critical tasks, for which nobody ever does.
 NOT_WAITED_FOR = Q(granted=True) & (
-    Q(type__in=("VIRTUALXID", "TRANSACTIONID"))
-    | Q(type="ADVISORY", classid=markers.marker(1).classid, objsubid=markers.marker(1).objsubid)
+    Q(type__in=("VIRTUALXID", "TRANSACTIONID")) | Q(type="ADVISORY", **markers.columns())
 )
 
 IN_QUOTES = re.compile(r"""(["'])(.*)\1""", re.DOTALL)
@@ -156,6 +155,12 @@ def reasons(identifier: Identifier, alias: str) -> Reasons:
         {holder.pid: waits.obstacles(holder.pid) for holder in explanation.holders},
         has_unreadable=_are_unreadable(found),
     )
+
+
+def waits(alias: str) -> Waits:
+    """Everybody who waits for a lock in the database of this alias."""
+    with looking(alias):
+        return _waits(alias, _all_waits(alias))
 
 
 def identifier(text: str) -> Identifier:

@@ -42,7 +42,7 @@ class HourlyCount(models.Model):
 
     key = models.CharField(max_length=LONGEST_KEY)
     task_name = models.CharField(max_length=LONGEST_KEY)
-    hour = models.DateTimeField()
+    hour = models.DateTimeField(db_index=True)
     count = models.PositiveBigIntegerField()
 
     objects: ClassVar[HourlyCounts] = HourlyCounts()

@@ -1,4 +1,4 @@
-"""The signals that tell what became of a lock, or of a backend.
+"""The signals that tell what became of a lock or of a backend, or what a report found.
 
 They are Django signals, sent robustly: a receiver that fails is logged, and the work goes on. Of those about
 locks ``sender`` is the task, and every one carries ``lock``, the lock's value.
@@ -26,3 +26,6 @@ lock_lost = Signal()
 backend_stopped = Signal()
 """A backend was to be stopped: ``stop`` tells what became of it, ``action`` what was tried on which alias:
 ``using``."""
+
+locks_reported = Signal()
+"""The locks of an alias were looked at: ``report`` tells what was found there; the alias is ``using``."""

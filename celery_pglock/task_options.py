@@ -240,12 +240,10 @@ def session_level_aliases(app: Any) -> dict[str, bool]:
     if not current().ENABLED:
         return {}
     app.finalize(auto=True)
-    # Reading a task's app binds the task. Ours are there in every project, and may never run.
-    options = [
-        getattr(task, "_lock_options", None)
-        for task in app.tasks.values()
-        if task.app and not task.name.startswith("celery_pglock.")
-    ]
+    # Reading a task's app binds the task.
+    # Ours are bound wherever tasks are discovered, and refused when they run: most will not run there.
+    tasks = [task for name, task in app.tasks.items() if task.app and not name.startswith("celery_pglock.")]
+    options = [getattr(task, "_lock_options", None) for task in tasks]
     strict_by_alias: dict[str, bool] = {}
     for one in options:
         if isinstance(one, TaskOptions) and not one.xact:

@@ -198,6 +198,12 @@ class Waits:
         """Whether one of these backends is this root, or behind it."""
         return not self._reached([root]).isdisjoint(pids)
 
+    def behind(self, root: Pid) -> tuple[int, timedelta]:
+        """How many backends wait behind this one, and how long the first of them does."""
+        waiters = self._reached([root]) - {root}
+        waits = [row.wait_duration or timedelta() for pid in waiters for row in self._of_waiter[pid]]
+        return len(waiters), max(waits, default=timedelta())
+
     def trees(self, roots: Sequence[Pid]) -> list[Tree]:
         """The trees of these roots. Everybody has one place, as near to a root as can be."""
         # A queue of n waiters has n * n / 2 waits: each is behind all before it.

@@ -94,7 +94,8 @@ def mark_a_new_one(connection: Any, **_: Any) -> None:
 
 
 def _mark(connection: Any) -> bool:
-    if not (_critical.priority and _can_be_marked(connection)):
+    # In a transaction the marker would begin one, and stay if it failed.
+    if not (_critical.priority and _can_be_marked(connection) and connection.connection.autocommit):
         return True
     name = labels.application_name(labels.WORK_CONNECTION, _critical.task_id)
     return _tell(connection, MARK, markers.marker(_critical.priority), name)
@@ -119,7 +120,6 @@ def _can_be_marked(connection: Any) -> bool:
     return bool(
         connection.vendor == "postgresql"
         and connection.connection is not None
-        and connection.connection.autocommit
         and not connection.settings_dict["OPTIONS"].get("pool")
     )
 

@@ -45,3 +45,8 @@ CELERY_WORKER_PREFETCH_MULTIPLIER = 1
 CELERY_WORKER_SEND_TASK_EVENTS = bool(os.environ.get("TASK_EVENTS"))
 
 CELERY_PGLOCK: dict[str, object] = json.loads(os.environ.get("PGLOCK_SETTINGS", "{}"))
+
+if _every := os.environ.get("REPORT_EVERY"):
+    from celery_pglock.schedules import beat_entries
+
+    CELERY_BEAT_SCHEDULE = beat_entries(report_locks=float(_every), queue=os.environ["REPORT_QUEUE"])

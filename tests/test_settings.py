@@ -29,12 +29,6 @@ def test_a_misspelt_setting_is_refused_with_a_guess(pglock_settings):
     assert [message.id for message in settings_can_work()] == ["celery_pglock.E001"]
 
 
-def test_a_setting_that_is_not_built_yet_is_refused(pglock_settings):
-    pglock_settings(RETENTION=30)
-    with pytest.raises(LockMisuse, match="not available in this version"):
-        config.current()
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -52,6 +46,14 @@ def test_a_setting_that_is_not_built_yet_is_refused(pglock_settings):
         ({"POOLER": "transaction"}, "must be None or 'session'"),
         ({"ON_LOST": "warm"}, "Did you mean 'warn'"),
         ({"STRICT": 1}, "must be True or False"),
+        ({"HELD_AFTER": "300"}, "CELERY_PGLOCK['HELD_AFTER'] must be"),
+        ({"WAITING_AFTER": -1}, "CELERY_PGLOCK['WAITING_AFTER'] must be"),
+        ({"SKIPPED_AFTER": 0}, "CELERY_PGLOCK['SKIPPED_AFTER'] must be an int of 1 or more"),
+        ({"SKIPPED_AFTER": 1.5}, "an int of 1 or more"),
+        ({"SKIPPED_AFTER": True}, "an int of 1 or more"),
+        ({"RETENTION": 0}, "CELERY_PGLOCK['RETENTION'] must be longer than 0 seconds"),
+        ({"RETENTION": timedelta()}, "or None to keep everything"),
+        ({"RETENTION": "30 days"}, "RETENTION"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_found_by_the_check(pglock_settings, values, message):

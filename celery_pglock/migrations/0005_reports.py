@@ -31,4 +31,7 @@ class Migration(migrations.Migration):
                 "default_permissions": ("view",),
             },
         ),
+        # Reports read the newest hours, and delete the oldest.
+        migrations.AlterField("SkipCount", "hour", models.DateTimeField(db_index=True)),
+        migrations.AlterField("LossCount", "hour", models.DateTimeField(db_index=True)),
     ]
