@@ -109,7 +109,6 @@ class Settings:
     """How many skips because of one key, in this hour and the last, a report tells of; 1 or more."""
     RETENTION: Duration = timedelta(days=30)
     """How long reports and hourly counts are kept, in seconds; ``None`` keeps them for ever."""
-
     VICTIMS: Sequence[str] | None = (
         "application_name__startswith=celery:",
         "application_name__startswith=pglock:",

@@ -21,3 +21,9 @@ GIVE_BACK: Final = "pg_advisory_unlock_shared(%s::int, %s::int)"
 def marker(priority: int) -> Key:
     """The marker of tasks with this priority, which is 1 or more."""
     return key((CRITICAL, priority))
+
+
+def columns() -> dict[str, int]:
+    """The columns of ``pg_locks`` by which markers are known, whatever the priority."""
+    one = marker(1)
+    return {"classid": one.classid, "objsubid": one.objsubid}

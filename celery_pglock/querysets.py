@@ -20,7 +20,7 @@ ENDLESS_PID = 2**31
 MOST_DIGITS = 10
 
 # Locks by which critical tasks mark their backends: nobody ever waits for one.
-IS_MARKER = Q(type="ADVISORY", classid=markers.marker(1).classid, objsubid=markers.marker(1).objsubid)
+IS_MARKER = Q(type="ADVISORY", **markers.columns())
 
 M = TypeVar("M", bound=Model)
 Self = TypeVar("Self", bound="ViewQuerySet[Any]")

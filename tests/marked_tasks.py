@@ -19,7 +19,7 @@ def note(task: Task, what: str) -> None:
     Entry.objects.create(key="", task_id=task.request.id, what=what)
 
 
-@app.task(base=AdvisoryTask, bind=True, lock_priority=7)
+@app.task(base=AdvisoryTask, bind=True, lock_timeout=1, lock_priority=7)
 def tells_its_markers(self):
     with connection.cursor() as cursor:
         cursor.execute(SEEN)

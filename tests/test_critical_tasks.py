@@ -536,6 +536,23 @@ class TestWhoIsStopped:
         assert is_there(blocker) == [True]
         assert [record.levelname for record in caplog.records] == ["ERROR"]
 
+    def test_whoever_may_be_out_of_the_way_is_asked_again_before_he_is_terminated(self, somebody, caplog):
+        blocker, waiter, keeper = somebody("celery:b"), somebody("celery:c", 1), somebody("keeper")
+        blocker.take(7)
+        waiter.waits("SELECT pg_advisory_lock(7)")
+        leaving = threading.Timer(1.6, lambda: keeper.does("ROLLBACK"))
+
+        def pause(seconds):
+            keeper.does("BEGIN", f"LOCK TABLE {BlockedPGLock._meta.db_table}")
+            leaving.start()
+            time.sleep(seconds)
+
+        summary = terms(grace=1).clear(pause)
+        leaving.join()
+        assert "Who is in the way still could not be read" in caplog.text
+        assert summary["stopped"][0]["errors"] == []
+        assert is_there(blocker) == [False]
+
     def test_one_failure_does_not_stop_the_rest(self, somebody):
         first, second = somebody("celery:a"), somebody("celery:b")
         first.take(7)
