@@ -10,7 +10,7 @@ from celery import current_app
 from django.core import checks
 from django.db import DatabaseError
 
-from celery_pglock import clearances, config
+from celery_pglock import config, obstructions
 from celery_pglock.errors import LockMisuse
 from celery_pglock.raw_connections import OnStandby, check_vendor
 from celery_pglock.sessions import check_alias
@@ -34,7 +34,7 @@ def settings_can_work(**_: Any) -> list[checks.CheckMessage]:
         check_vendor(settings.USING)
         if settings.SIDE_EFFECT is not None:
             task_side_effect(settings.SIDE_EFFECT, "CELERY_PGLOCK['SIDE_EFFECT']")
-        clearances.check_victims()
+        obstructions.check_victims()
     except LockMisuse as misuse:
         return [checks.Error(str(misuse), obj="CELERY_PGLOCK", id="celery_pglock.E001")]
     return []

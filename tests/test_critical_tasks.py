@@ -19,7 +19,7 @@ from django.core.management import call_command
 from django.db import connection, connections
 from django.test.utils import modify_settings
 
-from celery_pglock import LockMisuse, Preempted, advisory, clearances, config
+from celery_pglock import LockMisuse, Preempted, advisory, clearances, config, obstructions
 from celery_pglock.checks import settings_can_work, tasks_can_work
 from celery_pglock.config import Chosen
 from celery_pglock.inquiries import listing
@@ -470,7 +470,7 @@ class TestWhoIsStopped:
         waiter.waits("SELECT pg_advisory_lock(7)")
         work.sends("SELECT pg_sleep(0.5)")
         wait_until(is_asking)
-        found = clearances.look("default", 0)
+        found = obstructions.look("default", 0)
         work.answers()
         for one, name in ((work, "celery:next"), (lock, "pglock:next")):
             one.does(f"SET application_name = '{name}'")
@@ -485,7 +485,7 @@ class TestWhoIsStopped:
         work, lock, waiter = somebody("celery:b"), somebody("pglock:b"), somebody("celery:c", 1)
         lock.take(7)
         waiter.waits("SELECT pg_advisory_lock(7)")
-        found = clearances.look("default", 0)
+        found = obstructions.look("default", 0)
         work.does("SET application_name = 'celery:next'")
         clearances.stop(found.blockers, terms())
         assert is_there(work, lock) == [True, False]
@@ -517,7 +517,7 @@ class TestWhoIsStopped:
         work, lock, waiter = somebody("celery:b"), somebody("pglock:b"), somebody("celery:c", 1)
         lock.take(7)
         waiter.waits("SELECT pg_advisory_lock(7)")
-        found = clearances.look("default", 0)
+        found = obstructions.look("default", 0)
         lock.give_back(7)
         waiter.answers()
         (treatment,) = clearances.stop(found.blockers, terms())

@@ -16,7 +16,7 @@ from django.core.management import call_command
 from django.db import connections
 from django.test import RequestFactory, override_settings
 
-from celery_pglock import clearances, histories, inquiries, reports
+from celery_pglock import histories, inquiries, obstructions, reports
 from celery_pglock.looks import looking
 from celery_pglock.models import Act, BlockedPGLock, LockReport, PGActivity, PGLock
 from celery_pglock.wordings import UNREADABLE
@@ -231,7 +231,7 @@ def test_the_report_tells_what_it_could_not_read_or_write(people, alias):
 
 @either
 def test_whom_critical_tasks_wait_for(people, alias):
-    found = at_once(lambda: clearances.look(alias, 0))
+    found = at_once(lambda: obstructions.look(alias, 0))
     assert [waiter.pid for waiter in found.waiters] == [people.queue[-1].pid]
     in_the_way = {session.pid for blocker in found.blockers for session in blocker.sessions}
     in_the_way |= {one.pid for one in found.spared}
