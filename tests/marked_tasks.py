@@ -11,7 +11,8 @@ from tests.models import Entry
 
 SEEN = """
 SELECT a.application_name, l.objid::int FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)
-WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.mode = 'ShareLock' ORDER BY 1
+WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.mode = 'ShareLock' AND a.datname = current_database()
+ORDER BY 1
 """
 
 
