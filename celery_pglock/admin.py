@@ -43,7 +43,7 @@ from celery_pglock.admin_pages import (
 from celery_pglock.charts import chart
 from celery_pglock.confirmations import fingerprint
 from celery_pglock.looks import looking
-from celery_pglock.models import Act, BlockedPGLock, LockReport, PGLock
+from celery_pglock.models import Act, BlockedPGLock, LockReport, Outcome, PGLock
 from celery_pglock.orders import targets
 from celery_pglock.printed_texts import cut, one_line
 
@@ -269,6 +269,7 @@ class LockReportAdmin(Page):
     """What reports found, and how many held and waited over time."""
 
     pages = ("changelist", "change")
+    tables = (LockReport,)
     ordering = ("-at", "-pk")
     list_display = ("when", "held", "waiting", "skipped", "longest_held", "longest_wait", "found")
     list_display_links: Any = ("when",)
@@ -320,6 +321,7 @@ class ActAdmin(Page):
     """The audit: what was done to backends, by whom, and what became of it."""
 
     ordering = ("-pk",)
+    tables = (Act, Outcome)
     list_select_related = ("outcome",)
     list_display = ("when", "through", "by", "action", "pid", "task", "application_name", "why", "became")
     list_filter = (ActionFilter, ThroughFilter, OutcomeFilter, DatabaseFilter, RefreshFilter)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, ClassVar
 
@@ -22,8 +23,11 @@ from celery_pglock.confirmations import LONGEST_THOUGHT, NotConfirmed, confirmat
 from celery_pglock.consequences import is_of_task
 from celery_pglock.errors import LockMisuse
 from celery_pglock.looks import looking
+from celery_pglock.model_locks import model
+from celery_pglock.modes import ACCESS_SHARE
 from celery_pglock.orders import Target
 from celery_pglock.printed_texts import one_line
+from celery_pglock.side_effects import Raise
 
 APP = "celery_pglock"
 CANCEL = "cancel"
@@ -74,6 +78,7 @@ class Page(admin.ModelAdmin):  # type: ignore[type-arg] # generic in the stubs
     show_full_result_count = False
     show_facets = ShowFacets.NEVER
     pages: ClassVar[Sequence[str]] = ("changelist",)
+    tables: ClassVar[Sequence[Any]] = ()
 
     class Media:
         css: ClassVar[Any] = {"all": ["celery_pglock/admin.css"]}
@@ -103,12 +108,20 @@ class Page(admin.ModelAdmin):  # type: ignore[type-arg] # generic in the stubs
         return PageOfList
 
     def get_changelist_instance(self, request: Any) -> Any:
-        with looking(alias_of(request)):
+        with self.reading(alias_of(request)):
             return super().get_changelist_instance(request)
 
     def get_object(self, request: Any, *arguments: Any) -> Any:
-        with looking(alias_of(request)):
+        with self.reading(alias_of(request)):
             return super().get_object(request, *arguments)
+
+    @contextmanager
+    def reading(self, alias: str) -> Iterator[None]:
+        """A look in which nothing is waited for: a table that somebody keeps for himself is an error."""
+        with looking(alias):
+            if self.tables:
+                model(*self.tables, mode=ACCESS_SHARE, timeout=0, using=alias, side_effect=Raise())
+            yield
 
     def read(self, changelist: Any, request: Any) -> None:
         """Read what its rows are shown with."""
