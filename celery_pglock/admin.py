@@ -98,8 +98,6 @@ class PGLockAdmin(StoppingPage):
         if not action:
             self.message_user(request, "No action selected.", messages.WARNING)
             return None
-        if action not in self.get_actions(request):
-            raise PermissionDenied
         with looking(alias_of(request)):
             if request.POST.get("select_across") == "1":
                 chosen = list(queryset)

@@ -73,7 +73,6 @@ class Page(admin.ModelAdmin):  # type: ignore[type-arg] # generic in the stubs
 
     actions: Any = None
     list_display_links: Any = None
-    list_per_page = 100
     list_max_show_all = 100
     show_full_result_count = False
     show_facets = ShowFacets.NEVER

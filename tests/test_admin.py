@@ -12,10 +12,11 @@ from django.test import Client
 from django.urls import get_resolver
 from django.utils import timezone
 
-from celery_pglock import admin_pages, confirmations
+from celery_pglock import LockLost, admin_pages, confirmations
 from celery_pglock.keys import Key, key
 from celery_pglock.labels import Holding, Owner, comment
 from celery_pglock.models import Act, LockReport, Outcome, PGActivity, PGLock
+from tests import worker_tasks as tasks
 from tests.bystanders import bystanders
 from tests.conftest import wait_until
 
@@ -221,7 +222,7 @@ def buttons(response, action="terminate"):
     return [html.unescape(one) for one in re.findall(rf'name="{action}" value="([^"]*)"', text_of(response))]
 
 
-@pytest.mark.parametrize("who", ["staff", "viewer", "canceller"])
+@pytest.mark.parametrize("who", ["staff", "viewer", "canceller", "superuser"])
 def test_a_yes_of_somebody_else_or_without_the_permission_stops_nobody(who, session):
     holder = holder_of(session, 7)
     asked = ask(client_of("terminator"), "terminate", holder)
@@ -817,13 +818,11 @@ def test_the_chart_draws_waits_and_holders_over_the_period(transactional_db):
 
 
 def test_where_reports_are_missing_the_line_is_too(transactional_db):
-    for minutes in (1000, 980, 960, 500, 480, 460):
-        report(minutes, 1, 1)
-    report(440, 1, None)
+    for minutes, waiting in ((1000, 1), (980, None), (960, 1), (500, 1), (480, 1)):
+        report(minutes, 1, waiting)
     paths = paths_in(client_of("viewer").get(REPORTS))
-    assert paths["waits"].count("M") == 2
-    assert paths["waits"].count("L") == 6
-    assert paths["holders"].count("L") == 7
+    assert (paths["holders"].count("M"), paths["holders"].count("L")) == (2, 5)
+    assert (paths["waits"].count("M"), paths["waits"].count("L")) == (3, 4)
 
 
 def test_the_period_is_chosen(transactional_db):
@@ -913,3 +912,38 @@ def test_the_audit_is_filtered_and_searched(transactional_db):
     for parameters, names in CHOICES_OF_ACTS:
         rows = rows_of(client.get(AUDIT, parameters))
         assert {name for row in rows for name in ("ann", "bob") if f">{name}<" in row} == names, parameters
+
+
+# What becomes of tasks
+
+
+def lock_of(task_id, *, granted):
+    return PGLock.objects.filter(task_id=task_id, type="ADVISORY", granted=granted).first()
+
+
+def choose_task(client, action, result, *, granted):
+    """The page that asks about the lock session of a task."""
+    row = wait_until(lambda: lock_of(result.id, granted=granted), "the task is seen")
+    page = client.get(LOCKS, {"pid": row.activity_id, "kind": "ADVISORY"})
+    return choose(client, action, checkbox(page, row.activity_id))
+
+
+def test_what_the_page_says_of_a_task_comes_true(worker):
+    client = client_of("superuser")
+    holder = tasks.waits.delay("admin", 60)
+    wait_until(lambda: lock_of(holder.id, granted=True))
+    waiter = tasks.waits.delay("admin", 0)
+    asked = choose_task(client, "cancel", waiter, granted=False)
+    assert "does not begin, and its message comes back later" in words_of(asked)
+    assert "cancelled" in words_of(say_yes(client, asked))
+    wait_until(lambda: waiter.state == "RETRY")
+    asked = choose_task(client, "terminate", holder, granted=True)
+    assert f"Task tests.worker_tasks.waits [{holder.id}] is told that it lost them" in words_of(asked)
+    assert "terminated (it has ended)" in words_of(say_yes(client, asked))
+    with pytest.raises(LockLost):
+        holder.get(timeout=20)
+    assert waiter.get(timeout=20) == "done"
+    assert list(Act.objects.order_by("pk").values_list("action", "task_id")) == [
+        ("cancel", waiter.id),
+        ("terminate", holder.id),
+    ]
