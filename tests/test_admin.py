@@ -475,7 +475,7 @@ def test_no_more_than_a_page_is_read_and_nothing_is_counted_twice(session, djang
     counts = [query["sql"] for query in asked.captured_queries if "COUNT(" in query["sql"].upper()]
     assert len([sql for sql in counts if "celery_pglock_pglock" in sql]) == 1
     assert len(rows_of(response)) == 100
-    assert "300 locks" in words_of(response)
+    assert "300 locks" in text_of(response)
 
 
 # Queries
