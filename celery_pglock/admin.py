@@ -109,7 +109,7 @@ class PGLockAdmin(StoppingPage):
                 chosen = [row for row in found if fingerprint(row.activity) == shown[row.pk]]
                 gone = len(shown) - len(chosen)
         prepared = sum(row.activity_id is None for row in chosen)
-        return self.ask(request, action, targets(chosen, "activity"), gone, prepared)
+        return self.question(request, action, targets(chosen, "activity"), gone, prepared)
 
     @admin.action(description="Cancel what their backends run …", permissions=["cancel"])
     def cancel(self, request: Any, queryset: Any) -> None:
@@ -227,7 +227,7 @@ class BlockedPGLockAdmin(StoppingPage):
         own = [row for row in rows if row.activity_id == pid]
         chosen = targets(own, "activity") if own else targets(rows, "blocking_activity")
         kept = [target for target in chosen if fingerprint(target.activity) == seen]
-        return self.ask(request, action, kept, gone=len(chosen) - len(kept))
+        return self.question(request, action, kept, gone=len(chosen) - len(kept))
 
     def _steps(self, forest: Any, request: Any, alias: str) -> Iterator[dict[str, Any]]:
         """What the tree is built of, without recursion: a chain may be longer than Python's stack."""

@@ -206,7 +206,7 @@ class StoppingPage(Page):
         stop = self.admin_site.admin_view(self.stop_view)
         return [path("stop/", stop, name=f"{APP}_{self.opts.model_name}_stop"), *super().get_urls()]
 
-    def ask(
+    def question(
         self, request: Any, action: str, targets: Sequence[Target], gone: int = 0, prepared: int = 0
     ) -> Any:
         """The page that names whom an action would stop, and asks."""

@@ -7,7 +7,8 @@ from datetime import timedelta
 import pytest
 from django.conf import settings
 from django.contrib.auth.models import Permission, User
-from django.db import connection
+from django.core.management import call_command
+from django.db import connection, connections
 from django.test import Client
 from django.urls import get_resolver
 from django.utils import timezone
@@ -19,6 +20,7 @@ from celery_pglock.models import Act, LockReport, Outcome, PGActivity, PGLock
 from tests import worker_tasks as tasks
 from tests.bystanders import bystanders
 from tests.conftest import wait_until
+from tests.servers import Cluster
 
 pytestmark = pytest.mark.django_db(transaction=True, available_apps=settings.INSTALLED_APPS)
 
@@ -947,3 +949,44 @@ def test_what_the_page_says_of_a_task_comes_true(worker):
         ("cancel", waiter.id),
         ("terminate", holder.id),
     ]
+
+
+# Prepared transactions
+
+
+@pytest.fixture
+def prepared(transactional_db, monkeypatch):
+    """The alias of a server on which a table is locked by a transaction that was prepared, and waited for."""
+    locks = connections["locks"]
+    with Cluster(max_prepared_transactions="2") as cluster:
+        locks.close()
+        here = {"HOST": "127.0.0.1", "PORT": str(cluster.port), "NAME": "postgres", "USER": "postgres"}
+        for name, value in here.items():
+            monkeypatch.setitem(locks.settings_dict, name, value)
+        try:
+            call_command("migrate", "celery_pglock", database="locks", verbosity=0)
+            with bystanders("locks") as make:
+                holder, waiter = make(), make()
+                holder.does("BEGIN", "LOCK TABLE celery_pglock_skipcount", "PREPARE TRANSACTION 'x'")
+                waiter.waits("SELECT FROM celery_pglock_skipcount")
+                yield "locks"
+                holder.does("ROLLBACK PREPARED 'x'")
+        finally:
+            locks.close()
+
+
+@pytest.mark.django_db(
+    transaction=True, available_apps=settings.INSTALLED_APPS, databases=["default", "locks"]
+)
+def test_a_prepared_transaction_is_told_to_have_no_backend(prepared):
+    client = client_of("superuser")
+    tree = client.get(WAITS, {"database": prepared})
+    assert "a transaction that was prepared (see pg_prepared_xacts)" in words_of(tree)
+    assert len(buttons(tree)) == 1
+    page = client.get(LOCKS, {"database": prepared, "granted": "yes", "kind": "RELATION"})
+    (row,) = (row for row in rows_of(page) if "celery_pglock_skipcount" in row)
+    assert "prepared transaction" in row
+    value = html.unescape(re.search(r'name="_selected_action" value="([^"]*)"', row)[1])
+    sent = {"action": "terminate", "index": "0", "_selected_action": value}
+    answer = client.post(f"{LOCKS}?database={prepared}", sent, follow=True)
+    assert "Nothing was done: a prepared transaction has no backend" in words_of(answer)
