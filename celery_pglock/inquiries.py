@@ -130,12 +130,9 @@ def all_waits(alias: str) -> Rows:
 
 def blockers_of(pids: Iterable[int], alias: str) -> dict[int, list[Pid]]:
     """Who is in the way of each of these backends, as far as they wait."""
-    found: dict[int, list[Pid]] = {}
-    if waiting := set(pids):
-        pairs = BlockedPGLock.objects.using(alias).filter(activity_id__in=waiting)
-        for waiter, blocker in pairs.values_list("activity_id", "blocking_activity_id"):
-            found.setdefault(waiter, []).append(blocker)
-    return found
+    waiting = PGLock.objects.using(alias).filter(granted=False, activity_id__in=set(pids))
+    found = waiting.annotate(blockers=Blockers("activity_id")).values_list("activity_id", "blockers")
+    return {pid: [blocker or None for blocker in sorted(set(blockers))] for pid, blockers in found}
 
 
 def task_names(alias: str) -> list[str]:
