@@ -232,6 +232,11 @@ class BlockedPGLockAdmin(StoppingPage):
     def _steps(self, forest: Any, request: Any, alias: str) -> Iterator[dict[str, Any]]:
         """What the tree is built of, without recursion: a chain may be longer than Python's stack."""
         sees_queries = may_see_queries(request)
+        sees_locks = request.user.has_perm("celery_pglock.view_pglock")
+
+        def link(pid: int) -> Any:
+            return self.pid_link(pid, alias) if sees_locks else str(pid)
+
         left: list[Any] = [*reversed(forest.trees)]
         while left:
             tree = left.pop()
@@ -241,13 +246,13 @@ class BlockedPGLockAdmin(StoppingPage):
             backend = tree.backend
             activity = backend.activity
             yield {
-                "backend": backend,
+                "pid": str(backend.pid),
                 "words": str(backend).removeprefix(f"{backend.pid} "),
-                "link": self.pid_link(backend.pid, alias) if backend.pid is not None else "",
+                "link": link(backend.pid) if backend.pid is not None else "",
                 "wait": tree.wait and f"{length(tree.wait.wait_duration)} for {wordings.lock(tree.wait)}",
                 "query": cut(one_line(activity.query), LONGEST_QUERY) if sees_queries and activity else "",
                 "value": f"{backend.pid}|{fingerprint(activity)}" if activity else "",
-                "repeated": [self.pid_link(row.activity_id, alias) for row in tree.repeated[:MOST_BLOCKERS]],
+                "repeated": [link(row.activity_id) for row in tree.repeated[:MOST_BLOCKERS]],
                 "more": max(len(tree.repeated) - MOST_BLOCKERS, 0),
                 "opens": bool(tree.waiters),
             }

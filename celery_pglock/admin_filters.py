@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, ClassVar
 from urllib.parse import parse_qs
 
 from django.contrib.admin import SimpleListFilter
+from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.db.models.functions import Now
 
@@ -29,7 +31,13 @@ Choices = Iterable[tuple[str, str]]
 
 def aliases() -> list[str]:
     """The aliases of PostgreSQL databases."""
-    return [alias for alias in connections if connections[alias].vendor == "postgresql"]
+    found = []
+    for alias in connections:
+        # An alias whose driver is missing is none of ours.
+        with suppress(ImproperlyConfigured, ImportError):
+            if connections[alias].vendor == "postgresql":
+                found.append(alias)
+    return found
 
 
 def alias_of(request: Any) -> str:

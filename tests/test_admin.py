@@ -2,6 +2,7 @@
 
 import html
 import re
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
@@ -725,6 +726,23 @@ def test_a_deadlock_over_two_sessions_of_a_task_is_named(session):
     assert "PostgreSQL does not see it: stop one of them" in words_of(client_of("viewer").get(WAITS))
 
 
+def test_a_backend_is_a_link_to_its_locks_for_those_who_may_see_them(session):
+    holder = holder_of(session, 7)
+    session().waits("SELECT pg_advisory_lock(7)")
+    client = client_of("viewer")
+    assert f"?pid={holder.pid}" in text_of(client.get(WAITS))
+    User.objects.get().user_permissions.remove(Permission.objects.get(codename="view_pglock"))
+    shown = client.get(WAITS)
+    assert f"{holder.pid} CLIENT_BACKEND" in words_of(shown)
+    assert "?pid=" not in text_of(shown)
+
+
+def test_an_alias_whose_driver_is_missing_is_none_of_the_admins(transactional_db, monkeypatch):
+    broken = {**connections.databases["sqlite"], "ENGINE": "no_such_driver"}
+    monkeypatch.setitem(connections.databases, "broken", broken)
+    assert "Nobody waits." in words_of(client_of("viewer").get(WAITS))
+
+
 def test_when_nobody_waits_the_page_says_so(transactional_db):
     assert "Nobody waits." in words_of(client_of("viewer").get(WAITS))
 
@@ -788,6 +806,38 @@ def test_missing_views_are_named_with_their_cure(transactional_db):
         finally:
             cursor.execute("ALTER VIEW elsewhere RENAME TO celery_pglock_pglock")
     assert "run manage.py migrate celery_pglock --database=default" in words
+
+
+@contextmanager
+def as_ordinary_role():
+    with connection.cursor() as cursor:
+        cursor.execute("CREATE ROLE of_the_admin")
+        cursor.execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO of_the_admin")
+        cursor.execute("SET ROLE of_the_admin")
+        try:
+            yield
+        finally:
+            cursor.execute("RESET ROLE")
+            cursor.execute("DROP OWNED BY of_the_admin")
+            cursor.execute("DROP ROLE of_the_admin")
+
+
+def test_what_a_role_may_not_read_is_said_and_it_is_told_that_it_may_not_stop_it(session):
+    holder = holder_of(session, 7, query=f", '{CANARY}'")
+    session().waits("SELECT pg_advisory_lock(7)")
+    client = client_of("superuser")
+    for page in (LOCKS, WAITS):
+        assert "GRANT pg_read_all_stats" not in words_of(client.get(page))
+    with as_ordinary_role():
+        for page in (LOCKS, WAITS):
+            shown = words_of(client.get(page))
+            assert "GRANT pg_read_all_stats would show it" in shown
+            assert CANARY not in shown
+        asked = ask(client, "terminate", holder)
+        assert "PostgreSQL does not tell this role what it does" in words_of(asked)
+        client.post(f"{LOCKS}stop/", {"order": order_in(asked)})
+    assert "not permitted" in words_of(client.get(LOCKS))
+    assert is_alive(holder)
 
 
 # Reports
