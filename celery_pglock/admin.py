@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 from django.contrib import admin, messages
 from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
 from django.core.exceptions import ObjectDoesNotExist, PermissionDenied
-from django.db.models import DateTimeField, F, Func, Max, Q, Value
+from django.db.models import DateTimeField, F, Func, Max, Min, Q, Value
 from django.template.response import TemplateResponse
 from django.utils import timezone
 from django.utils.html import format_html, format_html_join
@@ -55,6 +56,7 @@ MOST_TREES = 100
 
 # As many as can be told apart on a screen.
 POINTS = 200
+SHORTEST_PERIOD = timedelta(minutes=10)
 
 
 @admin.register(PGLock)
@@ -161,7 +163,7 @@ class PGLockAdmin(StoppingPage):
     @admin.display(description="backend", ordering="activity_id")
     def backend(self, row: Any) -> Any:
         activity = row.activity
-        told = (activity.application_name or activity.backend_type, activity.state) if activity else ()
+        told = (wordings.session(activity), activity.state) if activity else ()
         words = ", ".join(one_line(word) for word in told if word)
         link = self.pid_link(row.activity_id, row._state.db)
         return format_html('{} <span class="quiet pglock-name">{}</span>', link, words)
@@ -274,7 +276,7 @@ class LockReportAdmin(Page):
     pages = ("changelist", "change")
     tables = (LockReport,)
     ordering = ("-at", "-pk")
-    list_display = ("when", "held", "waiting", "skipped", "longest_held", "longest_wait", "found")
+    list_display = ("when", "held", "waiting", "skipped", "held_for", "waited_for", "found")
     list_display_links: Any = ("when",)
     list_filter = (PeriodFilter, DatabaseFilter, RefreshFilter)
     fields = (
@@ -282,18 +284,20 @@ class LockReportAdmin(Page):
         "held",
         "waiting",
         "skipped",
-        "longest_held",
-        "longest_wait",
+        "held_for",
+        "waited_for",
         "findings_in_words",
         "not_read",
     )
-    readonly_fields = ("when", "findings_in_words", "not_read")
+    readonly_fields = ("when", "held_for", "waited_for", "findings_in_words", "not_read")
 
     def read(self, changelist: Any, request: Any) -> None:
         period = next(one for one in changelist.filter_specs if isinstance(one, PeriodFilter)).length
         end = timezone.now()
-        begin = end - period
-        bin_ = DateBin(Value(period / POINTS), F("at"), Value(begin))
+        oldest = changelist.queryset.aggregate(at=Min("at"))["at"] or end
+        # The first reports may be of this very moment, or by a clock that is ahead.
+        begin = min(max(oldest, end - period), end - SHORTEST_PERIOD)
+        bin_ = DateBin(Value((end - begin) / POINTS), F("at"), Value(begin))
         bins = changelist.queryset.order_by().annotate(bin=bin_).values("bin").order_by("bin")
         found = bins.annotate(most_held=Max("held"), most_waiting=Max("waiting"))
         points = [(row["bin"], (row["most_waiting"], row["most_held"])) for row in found]
@@ -302,6 +306,14 @@ class LockReportAdmin(Page):
     @admin.display(description="at", ordering="at")
     def when(self, report: Any) -> Any:
         return moment(report.at)
+
+    @admin.display(description="longest held", ordering="longest_held")
+    def held_for(self, report: Any) -> str:
+        return length(report.longest_held)
+
+    @admin.display(description="longest wait", ordering="longest_wait")
+    def waited_for(self, report: Any) -> str:
+        return length(report.longest_wait)
 
     @admin.display(description="findings")
     def found(self, report: Any) -> str:
@@ -326,7 +338,7 @@ class ActAdmin(Page):
     ordering = ("-pk",)
     tables = (Act, Outcome)
     list_select_related = ("outcome",)
-    list_display = ("when", "through", "by", "action", "pid", "task", "application_name", "why", "became")
+    list_display = ("when", "action", "pid", "became", "task", "why", "through", "by", "application_name")
     list_filter = (ActionFilter, ThroughFilter, OutcomeFilter, DatabaseFilter, RefreshFilter)
     search_fields = ("by", "task_id", "application_name", "reason", "pid")
     search_help_text = "Who did it, task id, application, lock or pid"

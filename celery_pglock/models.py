@@ -125,7 +125,7 @@ class Act(models.Model):
     class Meta:
         db_table = audits.TABLE
         default_permissions = ("view",)
-        verbose_name_plural = "audit"
+        verbose_name = "audited act"
         indexes: ClassVar[list[models.Index]] = [
             models.Index(fields=["task_id"], name="celery_pglock_act_of_task")
         ]
@@ -173,7 +173,7 @@ class LockReport(models.Model):
         default_permissions = ("view",)
 
     def __str__(self) -> str:
-        return f"report of {self.at}"
+        return f"report {self.pk}"
 
 
 class NothingToDump(models.Manager[Any]):

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 # How long a session that holds nothing is kept, in seconds; at most half of its lease.
 IDLE_SECONDS = 10.0
 
+# As many as a label of usual names has room for.
+MOST_SLOTS_NAMED = 8
+
 # How often whoever has to know of a loss is told, until it has taken note, in seconds. While it waits for
 # PostgreSQL psycopg looks at signals every 0.1 s, counted anew from each signal: so less often than that.
 TELL_EVERY = 0.3
@@ -231,7 +234,9 @@ class LockSession:
             try:
                 if fresh:
                     statement = self._protected(self._marked(statements.take_slots(fresh, xact=False)))
-                    numbers = self._answer(statement, self._held.holdings([slots[0] for slots in fresh]))[-1]
+                    # Which of them it will be nobody knows, and a label is believed only for what is held.
+                    candidates = [slot for slots in fresh for slot in slots[:MOST_SLOTS_NAMED]]
+                    numbers = self._answer(statement, self._held.holdings(candidates))[-1]
                 if numbers is None:
                     return None
                 gained = [slots[number] for slots, number in zip(fresh, numbers, strict=True)]

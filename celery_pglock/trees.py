@@ -51,8 +51,9 @@ class Backend:
             return PREPARED
         words = f"{self.pid} {wordings.backend(self.activity, self.task_name, self.task_id)}"
         if self.other_sessions:
+            is_one = len(self.other_sessions) == 1
             others = " and ".join(map(str, self.other_sessions))
-            words += f", the other session of its task is {others}"
+            words += f", the other session{' of its task is' if is_one else 's of its task are'} {others}"
         return words + (", in a cycle" if self.is_in_cycle else "")
 
     def in_json(self) -> dict[str, Any]:

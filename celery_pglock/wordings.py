@@ -9,6 +9,8 @@ from celery_pglock import labels
 from celery_pglock.keys import Key
 from celery_pglock.printed_texts import one_line
 
+SESSIONS = {labels.LOCK_SESSION: "lock session", labels.WORK_CONNECTION: "work connection"}
+
 # What pg_stat_activity has where this role may not read a query.
 UNREADABLE = "<insufficient privilege>"
 
@@ -42,6 +44,12 @@ def backend(activity: Any, task_name: str = "", task_id: str = "") -> str:
     since = in_state(activity)
     state = activity.state or "state not known"
     return f"{one_line(who)}, {state}" + (f" for {one_line(since)}" if since is not None else "")
+
+
+def session(activity: Any) -> str:
+    """What a session is to its task, whose id stands elsewhere, or what it calls itself."""
+    kind, _, task_id = (activity.application_name or "").partition(":")
+    return (task_id and SESSIONS.get(kind)) or activity.application_name or activity.backend_type or ""
 
 
 def in_state(activity: Any) -> timedelta | None:

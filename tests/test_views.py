@@ -235,6 +235,11 @@ class TestNames:
             "x y", "shop.tasks.bill 50%", "a:b*c", "worker@é"
         )  # fmt: skip
 
+    def test_whoever_has_the_second_place_of_a_limit_is_told_too(self, rival):
+        rival.take("export")
+        with advisory("export", limit=2):
+            assert one(name="export (slot 1)").since is not None
+
     @pytest.mark.parametrize("task_id", ["invoice:7", "100%", "a b*c"])
     def test_a_task_id_in_an_application_name_is_found(self, session, task_id):
         holder = session(application_name=f"celery:{task_id}")

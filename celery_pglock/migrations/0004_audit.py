@@ -36,7 +36,7 @@ class Migration(migrations.Migration):
             options={
                 "db_table": "celery_pglock_act",
                 "default_permissions": ("view",),
-                "verbose_name_plural": "audit",
+                "verbose_name": "audited act",
                 "indexes": [models.Index(fields=["task_id"], name="celery_pglock_act_of_task")],
             },
         ),
