@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from celery import states
 
+from celery_pglock.models import Act
 from example_project.celery import app
 from example_project.shop.models import Entry
 from example_project.shop.tasks import SKIPPED, AddressMissing
@@ -25,11 +26,15 @@ class Outcome:
     task_id: str
     end: str
     times_run: int
+    was_stopped_by_hand: bool
 
     @property
     def is_sound(self) -> bool:
-        """Whether it came to an end, and its body ran as often as that end says."""
-        return self.times_run == TIMES_RUN.get(self.end)
+        """Whether it came to an end, and its body ran as often as that end says.
+
+        What becomes of a task that a person stops is the person's business.
+        """
+        return self.was_stopped_by_hand or self.times_run == TIMES_RUN.get(self.end)
 
     def __str__(self) -> str:
         return f"{self.task} {self.task_id}: {self.end}, and its body began {self.times_run} times"
@@ -37,6 +42,7 @@ class Outcome:
 
 def outcomes() -> list[Outcome]:
     """One for each task that the director or beat sent; a task that comes back stays the same task."""
+    by_hand = set(Act.objects.exclude(through="beat").values_list("task_id", flat=True))
     stopped = Counter(Entry.objects.filter(what="stopped").values_list("task_id", flat=True))
     # A body that works on two resources begins on each of them.
     begun = Counter(Entry.objects.filter(what="starts").values_list("task_id", "resource"))
@@ -45,7 +51,9 @@ def outcomes() -> list[Outcome]:
         times_run[task_id] = max(times, times_run.get(task_id, 0))
     sent = Entry.objects.filter(what="sent").values_list("task", "task_id").distinct()
     return [
-        Outcome(task, task_id, end_of(task_id), times_run.get(task_id, 0) - stopped[task_id])
+        Outcome(
+            task, task_id, end_of(task_id), times_run.get(task_id, 0) - stopped[task_id], task_id in by_hand
+        )
         for task, task_id in sent
     ]
 

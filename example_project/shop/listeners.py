@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery import Task
+from celery import Task, current_task
 from celery.signals import after_task_publish, task_postrun, task_prerun, task_retry, worker_ready
 from django.dispatch import receiver
 
@@ -53,7 +53,7 @@ def stopped(sender: Task, reason: Any, **_: Any) -> None:
 
 @receiver(backend_stopped)
 def stops(stop: Stop, **_: Any) -> None:
-    write("stops", "beat", remark=str(stop))
+    write("stops", "beat" if current_task else "somebody", remark=str(stop))
 
 
 @receiver(locks_reported)

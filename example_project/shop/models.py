@@ -85,4 +85,4 @@ class Entry(models.Model):
     remark = models.TextField()
 
     def __str__(self) -> str:
-        return f"{self.task}({', '.join(map(str, self.args))})"
+        return f"{self.task}({', '.join(map(str, self.args))})" if self.task_id else self.task
