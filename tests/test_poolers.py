@@ -11,6 +11,7 @@ from io import StringIO
 
 import psycopg
 import pytest
+from django.conf import settings
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.db import OperationalError, connection, connections
@@ -321,6 +322,8 @@ class TestWorkersThroughAPoolerInTransactionMode:
         assert most_at_once("k") == 1
 
 
+# The checks are those of all apps.
+@pytest.mark.django_db(transaction=True, available_apps=settings.INSTALLED_APPS)
 class TestSystemCheck:
     def test_an_alias_through_a_pooler_is_an_error(self, through, pglock_settings):
         pglock_settings(USING=through("transaction"))
