@@ -25,8 +25,9 @@ from celery_pglock.labels import Holding, Owner
 from celery_pglock.lifelines import GIVE_UP
 from celery_pglock.pool import pool
 from celery_pglock.raw_connections import cancel, check_vendor, on_standby
-from celery_pglock.sessions import REFUSALS, SILENT, TIMED_OUT, Gain, LockSession, Refused
+from celery_pglock.sessions import SILENT, Gain, LockSession
 from celery_pglock.statements import Statement
+from celery_pglock.voices import REFUSALS, TIMED_OUT, Refused
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from celery_pglock.durations import UNSET, MaybeDuration, MaybeSeconds, seconds
 from celery_pglock.errors import LockMisuse
 from celery_pglock.modes import ACCESS_EXCLUSIVE, check_mode
 from celery_pglock.raw_connections import cancel, check_vendor
-from celery_pglock.sessions import REFUSALS
 from celery_pglock.side_effects import Conflict, Retry, Return, SideEffect, Skip, side_effect
 from celery_pglock.tables import AnyModel, quoted, tables_of
 from celery_pglock.timeouts import timeout as lock_timeout
+from celery_pglock.voices import REFUSALS
 
 
 def model(

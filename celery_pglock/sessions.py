@@ -6,12 +6,11 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from django.db import DatabaseError, OperationalError
-from psycopg.errors import DeadlockDetected, InvalidParameterValue, LockNotAvailable, UndefinedTable
 
-from celery_pglock import clocks, fences, labels, markers, statements
+from celery_pglock import clocks, fences, statements
 from celery_pglock.config import current
 from celery_pglock.durations import MaybeSeconds
 from celery_pglock.errors import LockLost, LockMisuse
@@ -20,8 +19,9 @@ from celery_pglock.inventories import Inventory, names
 from celery_pglock.keys import Key
 from celery_pglock.labels import Holding, Owner
 from celery_pglock.lifelines import BEAT, Lifeline
-from celery_pglock.raw_connections import MARK, connect, pooled
+from celery_pglock.raw_connections import connect
 from celery_pglock.statements import Statement
+from celery_pglock.voices import Refused, Voice, application_name, no_table
 
 logger = logging.getLogger(__name__)
 
@@ -37,29 +37,10 @@ TELL_EVERY = 0.3
 
 SILENT = "the server has not been heard for too long"
 
-TIMED_OUT = "lock_timeout ran out"
-
-# PostgreSQL's own refusals: busy (55P03) and deadlock (40P01). They leave the session as it was.
-REFUSALS: Final[dict[type[Any], str]] = {
-    LockNotAvailable: TIMED_OUT,
-    DeadlockDetected: "PostgreSQL chose it as the victim of a deadlock",
-}
-
-# An error on purpose, as no timeout can be set to this. PostgreSQL evaluates columns in their order.
-SOMEBODY_ELSE = "the session of somebody else"
-UNLESS_MARKED = (
-    f"CASE WHEN current_setting('{MARK}', true) IS DISTINCT FROM %s"
-    f" THEN set_config('lock_timeout', '{SOMEBODY_ELSE}', true) END"
-)
-
 OWN_LOCKS = """
 SELECT objsubid, classid::bigint, objid::bigint FROM pg_locks
 WHERE pid = pg_backend_pid() AND locktype = 'advisory' AND granted AND mode = %s
 """
-
-
-class Refused(Exception):
-    """PostgreSQL would not wait any longer; the message says why, and nothing was gained."""
 
 
 def check_alias(alias: str, *, strict: bool) -> None:
@@ -70,7 +51,7 @@ def check_alias(alias: str, *, strict: bool) -> None:
     session = LockSession(alias, Owner())
     try:
         if strict and session.rows(fences.HAS_TABLE, []) != [(True,)]:
-            raise _no_table(alias)
+            raise no_table(alias)
     finally:
         session.close()
 
@@ -98,19 +79,17 @@ class LockSession:
 
     def __init__(self, alias: str, owner: Owner) -> None:
         self.alias = alias
-        self.owner = owner
         # A forked child must not speak on its parent's socket: hence the pid.
         self.process = os.getpid()
         # Who must know that the session is lost; called by the watcher, time and again, with the reason.
         self.to_be_told: list[Callable[[str], None]] = []
         self._held = Inventory()
-        self._marker: Key | None = None
         self._idle_since: float | None = None
         self._is_loss_logged = False
         settings = current()
-        connection = connect(alias, _application_name(owner), settings.lease)
-        self._mark = connection.mark
+        connection = connect(alias, application_name(owner), settings.lease)
         self._line = Lifeline(alias, connection.psycopg, connection.backend_pid, settings.lease)
+        self._voice = Voice(self._line, owner, connection.mark)
 
     def __del__(self) -> None:
         # A thread that ends takes its sessions with it.
@@ -233,10 +212,10 @@ class LockSession:
             numbers: Iterable[int] | None = ()
             try:
                 if fresh:
-                    statement = self._protected(self._marked(statements.take_slots(fresh, xact=False)))
+                    statement = self._voice.telling(statements.take_slots(fresh, xact=False))
                     # Which of them it will be nobody knows, and a label is believed only for what is held.
                     candidates = [slot for slots in fresh for slot in slots[:MOST_SLOTS_NAMED]]
-                    numbers = self._answer(statement, self._held.holdings(candidates))[-1]
+                    numbers = self._voice.answer(statement, self._held.holdings(candidates))[-1]
                 if numbers is None:
                     return None
                 gained = [slots[number] for slots, number in zip(fresh, numbers, strict=True)]
@@ -276,7 +255,7 @@ class LockSession:
         """The rows of a statement that takes nothing and gives nothing back."""
         with self._line.speaking:
             try:
-                return self._line.ask(self._label(self._held.holdings()) + sql, parameters)
+                return self._voice.rows(sql, parameters, self._held.holdings())
             except BaseException:
                 # An error that the server told changes nothing of what the session holds.
                 if not self._line.is_idle:
@@ -285,9 +264,9 @@ class LockSession:
 
     def lay_by(self) -> None:
         """Keep it for whoever needs a session next."""
-        if self._marker is not None:
-            self._give_back_marker(self._marker)
-        self.owner = Owner()
+        if statement := self._voice.no_longer_telling():
+            self._give_back_marker(statement)
+        self._voice.owner = Owner()
         self.to_be_told.clear()
         self._idle_since = clocks.now()
 
@@ -298,7 +277,7 @@ class LockSession:
             if not self.is_believed:
                 self._line.close()
                 return False
-            self.owner = owner
+            self._voice.owner = owner
             self._idle_since = None
             return True
 
@@ -352,11 +331,11 @@ class LockSession:
             wait = timeout if isinstance(timeout, float | int) else None
         else:
             statement = statements.take_at_once(fresh, shared=shared, xact=False)
-        statement = self._protected(self._marked(statement))
+        statement = self._voice.telling(statement)
         if without_token:
-            statement = fences.take(statement, without_token, self.owner.task_id, self.lease)
+            statement = fences.take(statement, without_token, self._voice.owner.task_id, self.lease)
             wait = None if wait is None else wait + fences.row_timeout(self.lease)
-        row = self._answer(statement, self._held.holdings(fresh), wait=wait)
+        row = self._voice.answer(statement, self._held.holdings(fresh), wait=wait)
         if not row[-1]:
             return None
         if waits:
@@ -377,37 +356,20 @@ class LockSession:
         kept: bool | None = True
         if last:
             remaining = self._held.holdings(but=last)
-            statement = self._protected(statements.give_back(last, shared=shared))
+            statement = self._voice.guarded(statements.give_back(last, shared=shared))
             tokens = {key: self._held.tokens.pop(key) for key in last if key in self._held.tokens}
             kept = self._leave_in_order(statement, tokens, remaining) if tokens and in_order else None
             if kept is None:
-                kept = self._answer(statement, remaining)[-1]
+                kept = self._voice.answer(statement, remaining)[-1]
         self._held.take_out(keys, shared=shared)
         return bool(kept)
 
-    def _marked(self, statement: Statement) -> Statement:
-        """The statement, which before anything else tells of a critical task that it runs one."""
-        if self.owner.priority and self._marker is None:
-            self._marker = markers.marker(self.owner.priority)
-            statement.columns.insert(0, markers.TAKE)
-            statement.parameters[:0] = self._marker.arguments
-        return statement
-
-    def _give_back_marker(self, marker: Key) -> None:
-        self._marker = None
-        statement = self._protected(Statement(columns=[markers.GIVE_BACK], parameters=[*marker.arguments]))
+    def _give_back_marker(self, statement: Statement) -> None:
         try:
             self.rows(f"SELECT {statement.select}", statement.parameters)
         except DatabaseError as error:
             logger.warning("A lock session is closed with the marker of its task: %s", str(error).strip())
             self.abandon()
-
-    def _protected(self, statement: Statement) -> Statement:
-        """The statement, made to fail before it does anything on a session that is not ours."""
-        if self._mark:
-            statement.columns.insert(0, UNLESS_MARKED)
-            statement.parameters.insert(0, self._mark)
-        return statement
 
     def _leave_in_order(
         self, statement: Statement, tokens: Mapping[Key, Token], remaining: Sequence[Holding]
@@ -415,7 +377,7 @@ class LockSession:
         """Give back and tell so in the rows; ``None`` if it could not be told, and nothing was given back."""
         try:
             return bool(
-                self._answer(
+                self._voice.answer(
                     fences.give_back(statement, tokens, self.lease),
                     remaining,
                     wait=fences.row_timeout(self.lease),
@@ -431,33 +393,8 @@ class LockSession:
             )
             return None
 
-    def _answer(
-        self, statement: Statement, holdings: Sequence[Holding], *, wait: float | None = 0
-    ) -> Sequence[Any]:
-        owner = self.owner if holdings else Owner()
-        sql = (
-            f"{self._label(holdings)}{statement.opening}"
-            f"SELECT set_config('application_name', %s, false), {statement.select}"
-        )
-        parameters = [*statement.opening_parameters, _application_name(owner), *statement.parameters]
-        try:
-            return self._line.ask(sql, parameters, wait=wait)[0]
-        except DatabaseError as error:
-            if reason := REFUSALS.get(type(error.__cause__)):
-                raise Refused(reason) from None
-            if isinstance(error.__cause__, InvalidParameterValue) and SOMEBODY_ELSE in str(error):
-                raise pooled(self.alias) from None
-            if isinstance(error.__cause__, UndefinedTable):
-                raise _no_table(self.alias) from None
-            raise
-
     def _beat(self) -> str:
-        return f"{self._label(self._held.holdings())}SELECT pg_backend_pid()".replace("%%", "%")
-
-    def _label(self, holdings: Sequence[Holding]) -> str:
-        owner = self.owner if holdings else Owner()
-        comment = labels.comment(owner, holdings, show_names=current().SHOW_NAMES)
-        return comment.replace("%", "%%") + " "
+        return self._voice.beat(self._held.holdings())
 
     def _close_if_overdue(self) -> float:
         assert self._idle_since is not None
@@ -485,14 +422,3 @@ class LockSession:
         if gains:
             self._held.put_in(gains, shared=shared)
             self.give_back(gains, shared=shared)
-
-
-def _no_table(alias: str) -> LockMisuse:
-    return LockMisuse(
-        f"Strict locks keep a row for each key, and alias {alias!r} has no table for them: with "
-        f"'celery_pglock' in INSTALLED_APPS run manage.py migrate --database={alias}."
-    )
-
-
-def _application_name(owner: Owner) -> str:
-    return labels.application_name(labels.LOCK_SESSION, owner.task_id)

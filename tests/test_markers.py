@@ -12,7 +12,8 @@ from celery_pglock.audits import acting, audit
 from celery_pglock.keys import key
 from celery_pglock.labels import Owner
 from celery_pglock.markers import CRITICAL, marker
-from celery_pglock.sessions import LockSession, Refused
+from celery_pglock.sessions import LockSession
+from celery_pglock.voices import Refused
 from celery_pglock.work_connections import mark_a_new_one, marked
 from tests.conftest import Rival, in_another_thread, running_worker, wait_until
 from tests.marked_tasks import fails_the_second_time, sleeps_the_first_time, tells_its_markers
