@@ -340,8 +340,7 @@ class Claim:
         """The statement with what tells a task's transaction from others, to the end of the transaction."""
         if not owner.task_id:
             return f"SELECT pg_is_in_recovery(), {statement.select}", statement.parameters
-        since = time.time()
-        holdings = [Holding(key, since) for key in self.keys]
+        holdings = [Holding(key, None) for key in self.keys]
         comment = labels.comment(owner, holdings, show_names=current().SHOW_NAMES)
         name = labels.application_name(labels.WORK_CONNECTION, owner.task_id)
         columns = f"pg_is_in_recovery(), set_config('application_name', %s, true), {statement.select}"

@@ -19,7 +19,8 @@ from celery_pglock.pool import pool
 # Advisory locks are per database. The oid comes from pg_stat_activity, so that no lock is waited for.
 LOCKS_ON_KEYS = """
 SELECT l.pid, l.mode, l.granted, l.objsubid, l.classid::bigint, l.objid::bigint,
-       coalesce(a.application_name, ''), coalesce(a.query, ''), coalesce(l.waitstart, a.xact_start)
+       coalesce(a.application_name, ''), coalesce(a.query, ''), coalesce(l.waitstart, a.xact_start),
+       CASE WHEN a.state <> 'active' THEN a.state_change END
 FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
 WHERE l.locktype = 'advisory'
   AND l.database = (SELECT datid FROM pg_stat_activity WHERE pid = pg_backend_pid())
@@ -34,9 +35,9 @@ ORDER BY l.granted DESC, l.waitstart, l.pid
 class Holder:
     """One backend that holds a key or waits for it.
 
-    ``since`` is when it began to wait, or asked for what it holds; a holder's is by its own host's clock.
-    It is ``None`` where it cannot be known. Names are what the backend says of itself, and empty where it
-    may not be read.
+    ``since`` is when it began to wait, or got what it holds; that may be by its own host's clock. It is
+    ``None`` where it cannot be known. Names are what the backend says of itself, and empty where it may not
+    be read.
     """
 
     pid: int
@@ -121,14 +122,16 @@ def _rows_in_transaction(using: str, numbers: Sequence[list[int]]) -> list[tuple
 
 
 def _holder(row: Sequence[Any], keys: Iterable[Key]) -> Holder:
-    pid, mode, granted, objsubid, classid, objid, application_name, query, since = row
+    pid, mode, granted, objsubid, classid, objid, application_name, query, since, ended = row
     asked = next(key for key in keys if (key.objsubid, key.classid, key.objid) == (objsubid, classid, objid))
     label = labels.read(query)
     owner = label.owner if label else Owner()
     if granted and label and label.holdings:
         stamps = {holding.key: holding.since for holding in label.holdings}
-        # Which slot it would get, a session could not know when it wrote its label.
-        since = datetime.fromtimestamp(stamps.get(asked, max(stamps.values())), timezone.utc)
+        # Of many slots a label does not name each.
+        unnamed = None if None in stamps.values() else max(filter(None, stamps.values()))
+        stamp = stamps.get(asked, unnamed)
+        since = ended if stamp is None else datetime.fromtimestamp(stamp, timezone.utc)
     return Holder(
         pid=pid,
         key=asked.name,

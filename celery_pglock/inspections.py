@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime, timezone
 from threading import Thread
 from typing import Any
 
 from django.apps import apps
 from django.db import connections
-from django.db.models import ExpressionWrapper, F, TextField
 
-from celery_pglock import config, labels
+from celery_pglock import config
 from celery_pglock.looks import leave_the_pool, looking
 from celery_pglock.printed_texts import in_json, one_line
 
 # In seconds: meanwhile the worker's main process does nothing else.
 PATIENCE = 5.0
 
-COLUMNS = ("name", "classid", "objid", "objsubid", "task_name", "task_id", "mode", "granted", "wait_duration")
+COLUMNS = (
+    "activity_id",
+    "name",
+    "classid",
+    "objid",
+    "objsubid",
+    "task_name",
+    "task_id",
+    "mode",
+    "granted",
+    "since",
+    "wait_duration",
+)
 
 _asking: list[Thread] = []
 
@@ -72,32 +82,25 @@ def _locks_of(worker: str) -> list[dict[str, Any]]:
     config.check_alias(alias, "CELERY_PGLOCK['USING']")
     # By its name, because tasks, whose hooks make this known, never import the models.
     rows = apps.get_model("celery_pglock", "PGLock").objects.using(alias).filter(worker=worker)
-    label = ExpressionWrapper(F("activity__context"), output_field=TextField())
-    found = rows.annotate(label=label).order_by("granted", "name", "pk")
+    found = rows.order_by("granted", "name", "pk")
     # A thread that ends would not give it back.
     leave_the_pool(connections[alias])
     try:
         with looking(alias):
-            return [_in_json(row) for row in found.values("activity_id", "label", *COLUMNS)]
+            return [_in_json(row) for row in found.values(*COLUMNS)]
     finally:
         connections[alias].close()
 
 
 def _in_json(row: dict[str, Any]) -> dict[str, Any]:
     numbers = (row["objsubid"], row["classid"], row["objid"])
-    label = labels.read(row["label"] or "")
-    since = [
-        holding.since
-        for holding in (label.holdings if label and row["granted"] else ())
-        if (holding.key.objsubid, holding.key.classid, holding.key.objid) == numbers
-    ]
     return {
         "key": row["name"] or ":".join(map(str, numbers)),
         "task_name": row["task_name"],
         "task_id": row["task_id"],
         "mode": row["mode"],
         "granted": row["granted"],
-        "since": datetime.fromtimestamp(since[0], timezone.utc).isoformat() if since else None,
+        "since": in_json(row["since"]) if row["granted"] else None,
         "wait_duration": in_json(row["wait_duration"]),
         "pid": row["activity_id"],
     }

@@ -55,12 +55,11 @@ class Inventory:
         self._counts.clear()
 
     def holdings(self, fresh: Iterable[Key] = (), but: Sequence[Key] = ()) -> list[Holding]:
-        """What a label tells: all that it has and ``fresh`` ones, ``but`` some."""
+        """What a label tells: all that it has and ``fresh`` ones, which it asks for, ``but`` some."""
         held = {key for key, _ in self._counts}
         self._since = {key: since for key, since in self._since.items() if key in held}
-        now = time.time()
         told = sorted((held | set(fresh)).difference(but))
-        return [Holding(key, self._since.get(key, now)) for key in told]
+        return [Holding(key, self._since.get(key)) for key in told]
 
 
 def names(keys: Iterable[Key]) -> str:

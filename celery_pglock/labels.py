@@ -40,10 +40,13 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """A key in a label; ``since`` is the holder's own clock, in seconds since the epoch."""
+    """A key in a label; ``since`` is the holder's own clock, in seconds since the epoch.
+
+    ``None`` is for a key that the statement with the label asks for: if it is had, then since that ended.
+    """
 
     key: Key
-    since: float
+    since: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,8 @@ def comment(owner: Owner, holdings: Iterable[Holding], *, show_names: bool) -> s
     for holding in holdings:
         key = holding.key
         name = encoded(key.name) if show_names else ""
-        words.append(f"key={key.objsubid}:{key.classid}:{key.objid}:{holding.since:.3f}:{name}")
+        since = "" if holding.since is None else f"{holding.since:.3f}"
+        words.append(f"key={key.objsubid}:{key.classid}:{key.objid}:{since}:{name}")
     return f"/*pglock:1 {' '.join(words)}*/"
 
 
@@ -110,7 +114,9 @@ def _holding(text: str) -> Holding | None:
         return None
 
 
-def _moment(text: str) -> float:
+def _moment(text: str) -> float | None:
+    if not text:
+        return None
     moment = float(text)
     if not 0 <= moment < END_OF_TIME:
         raise ValueError(text)

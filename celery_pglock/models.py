@@ -241,8 +241,8 @@ class Lock(View):
     ``activity`` is ``None`` for one of a transaction that was prepared. ``relation`` is the oid of the table,
     which a wait for a row has, too. Advisory locks have the numbers that ``pg_locks`` prints, and those of
     lock sessions the names in their labels: hints, which other roles could forge for locks of their own.
-    ``since`` is when the wait began; of an advisory lock that is held, what its label says; of another one
-    that is held, when its transaction began, so that it may be younger.
+    ``since`` is when the wait began; of an advisory lock that is held, when it was obtained, as its label
+    says; of another one that is held, when its transaction began, so that it may be younger.
     """
 
     id = models.TextField(primary_key=True)

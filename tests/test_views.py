@@ -1,6 +1,7 @@
 """Locks, waits and backends as models: what is found, by what, and what breaks nothing."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from io import StringIO
@@ -234,6 +235,34 @@ class TestNames:
         assert (found.name, found.task_name, found.task_id, found.worker) == (
             "x y", "shop.tasks.bill 50%", "a:b*c", "worker@é"
         )  # fmt: skip
+
+    def test_whoever_had_to_wait_has_it_since_the_wait_is_over(self, rival):
+        rival.take("mine")
+
+        def free_it():
+            wait_until(lambda: rival.sees_held("mine", granted=False))
+            time.sleep(0.5)
+            rival.give_back("mine")
+
+        with ThreadPoolExecutor() as others:
+            freed = others.submit(free_it)
+            began = time.time()
+            with advisory("mine") as acquired:
+                freed.result()
+                assert acquired
+                for since in (one(name="mine").since, advisory("mine").holders()[0].since):
+                    assert since.timestamp() - began > 0.4
+
+    def test_a_key_that_was_asked_for_is_had_since_the_statement_has_ended(self, session):
+        lock = key("x")
+        comment = labels.comment(Owner("task", "id", "w"), [Holding(lock, None)], show_names=True)
+        holder = session()
+        holder.does("BEGIN", f"{comment} SELECT pg_advisory_xact_lock({lock.arguments[0]})")
+        found = PGLock.objects.select_related("activity").get(name="x")
+        assert found.since == found.activity.state_change
+        holder.sends(f"{comment} SELECT pg_sleep(60)")
+        wait_until(lambda: PGActivity.objects.get(pk=holder.pid).state == "ACTIVE")
+        assert one(name="x").since is None
 
     def test_whoever_has_the_second_place_of_a_limit_is_told_too(self, rival):
         rival.take("export")

@@ -45,12 +45,12 @@ FROM backends
 LOCKS = r"""
 CREATE VIEW celery_pglock_pglock AS
 WITH queries AS MATERIALIZED (
-    SELECT pid, application_name, xact_start,
+    SELECT pid, application_name, xact_start, CASE WHEN state <> 'active' THEN state_change END AS ended,
         -- Each word of it with a blank behind; the last is left out if the server has cut the query there.
         regexp_replace(substring(query FROM '^/\*(pglock:1 [^*]*\*?)'), '(?:\*| [^ *]*)$', ' ') AS label
     FROM pg_stat_activity WHERE datname = current_database()
 ), labels AS MATERIALIZED (
-    SELECT pid, label, xact_start,
+    SELECT pid, label, xact_start, ended,
         substring(label FROM ' task=([^ ]*) ') AS task_name,
         substring(label FROM ' id=([^ ]*) ') AS labelled_id,
         substring(label FROM ' worker=([^ ]*) ') AS worker,
@@ -79,7 +79,7 @@ WITH queries AS MATERIALIZED (
         coalesce(l.relation, CASE WHEN l.locktype = 'transactionid' AND NOT l.granted THEN
             max(l.relation) FILTER (WHERE l.locktype = 'tuple' AND l.granted) OVER (PARTITION BY l.pid)
         END) AS its_relation,
-        b.pid IS NOT NULL AS is_here, b.xact_start, b.task_id,
+        b.pid IS NOT NULL AS is_here, b.xact_start, b.ended, b.task_id,
         k.since AS labelled_since, k.name, k.task_name, k.labelled_id, k.worker
     FROM pg_locks AS l
     -- A full join is never a nested loop.
@@ -104,6 +104,7 @@ SELECT
     CASE
         WHEN NOT l.granted THEN l.waitstart
         WHEN l.locktype <> 'advisory' THEN l.xact_start
+        WHEN l.labelled_since = '' THEN l.ended
         -- Anybody may write a label: only what to_timestamp() takes.
         WHEN l.labelled_since ~ '^[0-9]{1,11}([.][0-9]+)?$' THEN to_timestamp(l.labelled_since::float8)
     END AS since,
