@@ -12,11 +12,13 @@ from django.db import DatabaseError, InterfaceError, connections
 from celery_pglock import undisturbed
 from celery_pglock.audits import acting
 from celery_pglock.durations import Duration, seconds
-from celery_pglock.errors import LockLost, LockMisuse
+from celery_pglock.errors import LockLost, LockMisuse, did_you_mean
 from celery_pglock.looks import leave_the_pool
 from celery_pglock.tasks import PRIORITIZE, checked, prioritize_critical_tasks
 
 logger = logging.getLogger(__name__)
+
+OPTIONS = ("interval", "dry_run", "min_wait", "grace", "max_victims", "requeue", "using")
 
 # How long a worker that ends waits for a look that is under way, in seconds.
 LAST_LOOK = 1.0
@@ -44,6 +46,7 @@ class PrioritizeCriticalTasks(bootsteps.StartStopStep):
         super().__init__(parent, **options)
         # SystemExit, as the hooks of a worker that starts refuse what cannot work.
         try:
+            self._refuse_unknown_options()
             self._terms = checked(
                 dry_run=self.dry_run,
                 min_wait=self.min_wait,
@@ -55,6 +58,12 @@ class PrioritizeCriticalTasks(bootsteps.StartStopStep):
             self._interval = _more_than_0(self.interval)
         except LockMisuse as misuse:
             raise SystemExit(f"{type(self).__name__}: {misuse}") from None
+
+    def _refuse_unknown_options(self) -> None:
+        ours = type(self).__mro__[: type(self).__mro__.index(PrioritizeCriticalTasks)]
+        for name in [name for one in ours for name in vars(one) if not name.startswith("_")]:
+            if not hasattr(PrioritizeCriticalTasks, name):
+                raise LockMisuse(f"there is no option {name!r}.{did_you_mean(name, OPTIONS)}")
 
     def create(self, parent: Any) -> Any:
         return _Lookout(self._terms, self._interval)
@@ -76,6 +85,7 @@ class _Lookout:
         )
 
     def start(self) -> None:
+        logger.info("Looking every %g s after critical tasks on alias %r", self._interval, self._terms.using)
         undisturbed.start(self._thread)
 
     def stop(self) -> None:
@@ -97,6 +107,8 @@ class _Lookout:
                     self._terms.clear(self._pause)
         except _WorkerEnds:
             logger.info("The worker ends: its last look after critical tasks is not ended")
+        except LockMisuse as misuse:
+            logger.error("The way of critical tasks cannot be cleared: %s", misuse)
         except (DatabaseError, InterfaceError, LockLost) as error:
             logger.warning("The way of critical tasks is not cleared this time: %s", str(error).strip())
         except Exception:

@@ -20,6 +20,7 @@ from django.db import connection, connections
 from django.test.utils import modify_settings
 
 from celery_pglock import LockMisuse, Preempted, advisory, clearances, config, obstructions
+from celery_pglock.bootsteps import PrioritizeCriticalTasks
 from celery_pglock.checks import settings_can_work, tasks_can_work
 from celery_pglock.config import Chosen
 from celery_pglock.inquiries import listing
@@ -860,3 +861,22 @@ def test_a_bootstep_that_cannot_work_keeps_its_worker_from_starting(transactiona
     assert "exit code 1" in str(refused.value)
     assert message in str(refused.value)
     assert "Traceback" not in str(refused.value)
+
+
+def test_an_option_that_a_bootstep_does_not_have_is_refused_with_a_guess():
+    class Misspelt(PrioritizeCriticalTasks):
+        intervall = 5
+
+    with pytest.raises(SystemExit, match=r"no option 'intervall'\. Did you mean 'interval'"):
+        Misspelt(None)
+
+
+def test_a_bootstep_without_its_tables_names_the_command_and_has_no_traceback(rival):
+    rival.connection.execute("ALTER VIEW celery_pglock_pglock RENAME TO elsewhere")
+    try:
+        with running_bootstep() as worker:
+            wait_until(lambda: "run manage.py migrate celery_pglock" in worker.log)
+            assert "Looking every 1 s after critical tasks on alias 'default'" in worker.log
+            assert "Traceback" not in worker.log
+    finally:
+        rival.connection.execute("ALTER VIEW elsewhere RENAME TO celery_pglock_pglock")
