@@ -32,6 +32,7 @@ from tests.conftest import running_worker, wait_until
 from tests.critical_tasks import (
     as_critical_holds,
     critical,
+    critical_nested,
     critical_reader,
     critical_writer,
     holds,
@@ -146,6 +147,15 @@ class TestInPrefork:
         assert [one["task_id"] for one in clear()["stopped"]] == [victim.id]
         assert result.get(timeout=5) == 0
         reached(victim, states.RETRY)
+        assert victim.get(timeout=10) == "done"
+
+    def test_a_task_that_holds_a_key_which_a_critical_body_waits_for_is_stopped(self, send):
+        victim = send(holds, "k")
+        begun("k")
+        result = send(critical_nested, "k")
+        waiting()
+        assert [one["task_id"] for one in clear()["stopped"]] == [victim.id]
+        assert result.get(timeout=5) is True
         assert victim.get(timeout=10) == "done"
 
     def test_an_outsider_who_holds_a_row_is_spared_and_told(self, send, rival, a_row, caplog):
@@ -583,6 +593,17 @@ class TestWhoIsStopped:
         assert [one["task_id"] for one in summary["stopped"]] == ["mine"]
         assert "this role may not" in summary["spared"][0]["reason"]
         assert is_there(blocker, stranger) == [False, True]
+
+    def test_whom_a_role_may_read_and_not_stop_is_told_at_error(self, somebody, rival, caplog):
+        blocker, waiter = somebody("celery:b"), somebody("celery:c", 1)
+        blocker.take(7)
+        waiter.waits("SELECT pg_advisory_lock(7)")
+        has_role(rival)
+        rival.connection.execute("GRANT pg_read_all_stats TO critical_ordinary")
+        with as_role("critical_ordinary"):
+            (one,) = clear()["stopped"]
+        assert [tried["outcome"] for tried in one["tries"]] == ["not permitted"]
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
 
     @pytest.mark.django_db(transaction=True, databases=["default", "locks"])
     def test_one_runner_at_a_time_looks_after_an_alias(self, somebody):
