@@ -11,6 +11,7 @@ from django.db import connection, connections
 from celery_pglock import LockMisuse, LockNotAcquired, Preempted, preemptions
 from celery_pglock.audits import acting, audit
 from celery_pglock.clocks import now
+from celery_pglock.conflicts import CONFLICTS
 from celery_pglock.keys import key
 from celery_pglock.labels import Owner
 from celery_pglock.markers import CRITICAL, marker
@@ -176,8 +177,8 @@ def children(_children, transactional_db):
     return _children
 
 
-def send(task):
-    result = task.apply_async(queue="marked")
+def send(task, **options):
+    result = task.apply_async(queue="marked", **options)
     wait_until(lambda: Entry.objects.filter(task_id=result.id, what="begins").exists(), "it begins")
     return result
 
@@ -219,6 +220,14 @@ class TestTasks:
         assert result.state == states.RETRY
         rival.give_back(sleeps_the_first_time.name)
         assert result.get(timeout=20) == "done"
+
+    def test_its_conflicts_are_counted_anew(self, rival):
+        result = send(sleeps_the_first_time, headers={CONFLICTS: 9})
+        stop(result.id, comes_back=True)
+        wait_until(lambda: rival.take(sleeps_the_first_time.name))
+        wait_until(lambda: isinstance(result.result, LockNotAcquired))
+        rival.give_back(sleeps_the_first_time.name)
+        assert result.get(timeout=10) == "done"
 
     def test_who_is_not_to_come_back_fails_and_says_why(self):
         result = send(sleeps_the_first_time)
