@@ -11,7 +11,7 @@ from typing import Any, Final
 from django.db import DatabaseError, InterfaceError
 
 from celery_pglock import backends, config
-from celery_pglock.backends import NOT_PERMITTED, STILL_ENDING, TERMINATED, Stop, Victim
+from celery_pglock.backends import STILL_ENDING, TERMINATED, Stop, Victim
 from celery_pglock.durations import Duration, seconds
 from celery_pglock.errors import LockMisuse
 from celery_pglock.models import BlockedPGLock, PGActivity
@@ -90,11 +90,6 @@ class Treatment:
     @property
     def is_done(self) -> bool:
         return any(one.stop.is_done for one in self.tries)
-
-    @property
-    def is_left_to_people(self) -> bool:
-        """Whether the next run could do no more than this one."""
-        return bool(self.errors) or any(one.stop.outcome == NOT_PERMITTED for one in self.tries)
 
     def __str__(self) -> str:
         became = "; ".join([*map(str, self.tries), *self.errors]) or "it made way by itself"
@@ -219,8 +214,7 @@ def _log(
         elif treatment.is_done:
             logger.warning("Stopped %s", treatment)
         else:
-            level = logging.ERROR if treatment.is_left_to_people else logging.INFO
-            logger.log(level, "Did not stop %s", treatment)
+            logger.log(logging.ERROR if treatment.errors else logging.INFO, "Did not stop %s", treatment)
     for spared in found.spared:
         # Critical tasks may wait for each other, look by look: nobody need do anything about it.
         is_expected = spared.reason.startswith(AS_CRITICAL)

@@ -594,16 +594,34 @@ class TestWhoIsStopped:
         assert "this role may not" in summary["spared"][0]["reason"]
         assert is_there(blocker, stranger) == [False, True]
 
-    def test_whom_a_role_may_read_and_not_stop_is_told_at_error(self, somebody, rival, caplog):
-        blocker, waiter = somebody("celery:b"), somebody("celery:c", 1)
-        blocker.take(7)
-        waiter.waits("SELECT pg_advisory_lock(7)")
+    @pytest.mark.parametrize("may_signal", [False, True])
+    def test_whom_a_role_may_read_and_not_stop_takes_nobodys_turn(self, somebody, rival, caplog, may_signal):
         has_role(rival)
         rival.connection.execute("GRANT pg_read_all_stats TO critical_ordinary")
+        if may_signal:
+            rival.connection.execute("GRANT pg_signal_backend TO critical_ordinary")
+        stranger, mine = somebody("celery:a"), somebody("celery:b", role="critical_ordinary")
+        for number, blocker in ((7, stranger), (8, mine)):
+            blocker.take(number)
+            somebody(f"celery:c{number}", 10 - number).waits(f"SELECT pg_advisory_lock({number})")
         with as_role("critical_ordinary"):
-            (one,) = clear()["stopped"]
-        assert [tried["outcome"] for tried in one["tries"]] == ["not permitted"]
-        assert [record.levelname for record in caplog.records] == ["ERROR"]
+            summary = clear(max_victims=1)
+        assert [one["task_id"] for one in summary["stopped"]] == ["b"]
+        assert "this role may not" in summary["spared"][0]["reason"]
+        assert is_there(stranger, mine) == [True, False]
+        assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]
+
+    def test_a_role_that_may_signal_stops_others(self, somebody, rival):
+        has_role(rival)
+        rival.connection.execute("GRANT pg_read_all_stats, pg_signal_backend TO critical_ordinary")
+        rival.connection.execute("DROP ROLE IF EXISTS critical_other")
+        rival.connection.execute("CREATE ROLE critical_other LOGIN")
+        other = somebody("celery:b", role="critical_other")
+        other.take(7)
+        somebody("celery:c", 1).waits("SELECT pg_advisory_lock(7)")
+        with as_role("critical_ordinary"):
+            assert [one["task_id"] for one in clear()["stopped"]] == ["b"]
+        assert is_there(other) == [False]
 
     @pytest.mark.django_db(transaction=True, databases=["default", "locks"])
     def test_one_runner_at_a_time_looks_after_an_alias(self, somebody):
