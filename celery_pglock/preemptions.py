@@ -13,8 +13,8 @@ from django.db import DatabaseError, InterfaceError
 from celery_pglock import labels
 from celery_pglock.audits import OUTCOMES, TABLE
 from celery_pglock.clocks import now
-from celery_pglock.errors import LockLost, LockMisuse
-from celery_pglock.looks import apart
+from celery_pglock.errors import LockLost
+from celery_pglock.looks import FAILURES, apart
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def _newest(name: str, alias: str, since: float) -> Preemption | None:
         with apart(alias) as connection, connection.cursor() as cursor:
             cursor.execute(NEWEST, [name, timedelta(seconds=now() - since)])
             row = cursor.fetchone()
-    except (DatabaseError, InterfaceError, LockMisuse) as error:
+    except FAILURES as error:
         # Without the app there is no audit; and with a database that is away nobody was stopped for another.
         logger.info("Whether task %s was stopped for a critical one could not be read: %s", name, error)
         return None

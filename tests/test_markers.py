@@ -1,6 +1,5 @@
 """Critical tasks mark their backends, and those that were stopped for them come back."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -15,6 +14,7 @@ from celery_pglock.conflicts import CONFLICTS
 from celery_pglock.keys import key
 from celery_pglock.labels import Owner
 from celery_pglock.markers import CRITICAL, marker
+from celery_pglock.models import PGLock
 from celery_pglock.sessions import LockSession, Refused
 from celery_pglock.work_connections import mark_a_new_one, marked
 from tests.conftest import Rival, in_another_thread, running_worker, wait_until
@@ -264,12 +264,12 @@ class TestTasks:
         with pytest.raises(Exception, match="for a reason of its own"):
             result.get(timeout=20)
 
-    def test_who_cannot_be_sent_back_waits_its_turn_in_place(self, rival, broker):
+    def test_who_cannot_be_sent_back_waits_its_turn_in_place(self, rival, broker, children):
         result = send(fails_the_second_time)
         with broker.refuses_messages():
             stop(result.id, comes_back=True)
             wait_until(lambda: rival.take(fails_the_second_time.name))
-            time.sleep(2)
+            wait_until(lambda: children.log.count(f"[{result.id}] waits in place") > 2 or result.ready())
             rival.give_back(fails_the_second_time.name)
             with pytest.raises(Exception, match="for a reason of its own"):
                 result.get(timeout=20)
@@ -288,9 +288,9 @@ class TestTasks:
         result = task.apply_async(queue="marked")
         wait_until(lambda: rival.sees_held("waited for", granted=False))
         with audit("default") as entries, connection.cursor() as cursor:
-            cursor.execute("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
-            number = entries.begin("cancel", cursor.fetchone()[0], None, result.id, True, IN_THE_WAY)
-            cursor.execute("SELECT pg_cancel_backend(pid) FROM pg_locks WHERE NOT granted")
+            waiter = PGLock.objects.get(granted=False).activity_id
+            number = entries.begin("cancel", waiter, None, result.id, True, IN_THE_WAY)
+            cursor.execute("SELECT pg_cancel_backend(%s)", [waiter])
             entries.end(number, "cancelled")
         wait_until(lambda: isinstance(result.result, Preempted))
         rival.give_back("waited for")
