@@ -11,7 +11,6 @@ from django.contrib import admin, messages
 from django.contrib.admin.options import ShowFacets
 from django.contrib.admin.views.main import ChangeList
 from django.core.exceptions import PermissionDenied
-from django.db import DatabaseError, InterfaceError
 from django.http import HttpResponseNotAllowed, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import path, reverse
@@ -21,8 +20,7 @@ from django.utils.html import format_html
 from celery_pglock.admin_filters import DATABASE, REFRESH, alias_of, aliases, seconds_of_refresh
 from celery_pglock.confirmations import LONGEST_THOUGHT, NotConfirmed, confirmation, confirmed
 from celery_pglock.consequences import is_of_task
-from celery_pglock.errors import LockMisuse
-from celery_pglock.looks import looking
+from celery_pglock.looks import FAILURES, looking
 from celery_pglock.model_locks import model
 from celery_pglock.modes import ACCESS_SHARE
 from celery_pglock.orders import Target
@@ -36,7 +34,6 @@ TERMINATE = "terminate"
 # More than anybody reads before he says yes.
 MOST_VICTIMS = 100
 
-UNREADABLE = (DatabaseError, InterfaceError, LockMisuse)
 
 
 def may(request: Any, action: str) -> bool:
@@ -133,7 +130,7 @@ class Page(admin.ModelAdmin):  # type: ignore[type-arg] # generic in the stubs
             title = str(self.opts.verbose_name_plural).capitalize()
             context = {"title": title, "refresh": seconds_of_refresh(request), **(extra_context or {})}
             return self.list_view(request, context)
-        except UNREADABLE as error:
+        except FAILURES as error:
             return self._unreadable(request, error)
 
     def list_view(self, request: Any, context: Any) -> Any:
@@ -143,7 +140,7 @@ class Page(admin.ModelAdmin):  # type: ignore[type-arg] # generic in the stubs
     def change_view(self, request: Any, *arguments: Any, **options: Any) -> Any:
         try:
             return super().change_view(request, *arguments, **options)
-        except UNREADABLE as error:
+        except FAILURES as error:
             return self._unreadable(request, error)
 
     def list_url(self, model_name: str = "") -> str:
@@ -261,7 +258,7 @@ class StoppingPage(Page):
             raise PermissionDenied
         try:
             stops = order.carry_out("admin", request.user.get_username())
-        except UNREADABLE as error:
+        except FAILURES as error:
             words = f"Not everybody was stopped: {of_database(error)}. The audit has those who were."
             return self._back(request, [(messages.ERROR, words)], order.back)
         told = [(messages.SUCCESS if stop.is_done else messages.WARNING, str(stop)) for stop in stops]

@@ -33,6 +33,17 @@ WHERE a.pid = %s AND a.backend_start = %s AND a.application_name IS NOT DISTINCT
   AND EXISTS (SELECT FROM {view} AS chosen WHERE chosen.id = ANY(%s))
 """
 
+# As pg_signal_backend() decides in PostgreSQL's source.
+PERMITTED = """
+SELECT a.pid FROM pg_stat_activity AS a
+JOIN pg_roles AS role ON role.oid = a.usesysid
+JOIN pg_roles AS own ON own.rolname = current_user
+WHERE a.pid = ANY(%s) AND (
+    own.rolsuper
+    OR NOT role.rolsuper AND (pg_has_role(role.oid, 'USAGE') OR pg_has_role('pg_signal_backend', 'USAGE'))
+)
+"""
+
 CANCELLED = "cancelled"
 TERMINATED = "terminated"
 GONE = "gone"
@@ -83,6 +94,13 @@ class Stop:
 
     def __str__(self) -> str:
         return f"backend {self.pid}: {self.outcome} ({EXPLANATIONS[self.outcome]})"
+
+
+def permitted(pids: Iterable[int], using: str) -> set[int]:
+    """Which of these backends of clients this role may stop."""
+    with connections[using].cursor() as cursor:
+        cursor.execute(PERMITTED, [list(pids)])
+        return {pid for (pid,) in cursor.fetchall()}
 
 
 def cancel(victims: Iterable[Victim], view: str, using: str) -> tuple[Stop, ...]:

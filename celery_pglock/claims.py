@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 NOBODY = Owner()
 
 TAKEN = "it is taken"
+ENDED = "PostgreSQL ended the wait"
 
 # Polling for a free slot: quick at first, then about ten times a second.
 FIRST_POLL = 0.01
@@ -311,7 +312,7 @@ class Claim:
             if reason := REFUSALS.get(type(error.__cause__)):
                 return reason
             if waits and isinstance(error.__cause__, QueryCanceled):
-                return f"PostgreSQL ended the wait: {str(error).strip()}"
+                return f"{ENDED}: {str(error).strip()}"
             raise
         except BaseException:
             if (interrupted := connections[self.using].connection) is not None:

@@ -6,14 +6,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final
-
-from django.db import DatabaseError, InterfaceError
+from typing import Any
 
 from celery_pglock import backends, config
 from celery_pglock.backends import STILL_ENDING, TERMINATED, Stop, Victim
 from celery_pglock.durations import Duration, seconds
 from celery_pglock.errors import LockMisuse
+from celery_pglock.looks import FAILURES
 from celery_pglock.models import BlockedPGLock, PGActivity
 from celery_pglock.obstructions import (
     AS_CRITICAL,
@@ -31,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 # In seconds. PostgreSQL stops all taking of locks for the moment in which it tells who blocks whom.
 LOOK_EVERY = 0.5
-
-FAILURES: Final = (DatabaseError, InterfaceError, LockMisuse)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,10 +106,10 @@ class TaskConflict(Conflict):
             raise Ignore("no lock can be taken now")
         raise _retry_later(outage, countdown, sig=again)
 
-    def come_back_preempted(self, preempted: Preempted, at: str) -> Any:
-        """Send the message again, whose run was stopped at this moment."""
+    def come_back_preempted(self, preempted: Preempted) -> Any:
+        """Send the message again, whose run was stopped."""
         countdown = min(AFTER_PREEMPTION.delay(1), _longest_countdown(self.task.app))
-        again = self._again(countdown, **{PREEMPTED: at})
+        again = self._again(countdown, **{PREEMPTED: True, CONFLICTS: 0, OUTAGES: 0})
         publish(self.task.app, again.apply_async)
         logger.warning(
             "Task %s[%s] comes back in %.1f s: %s", self.task.name, self.request.id, countdown, preempted

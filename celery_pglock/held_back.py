@@ -45,6 +45,7 @@ class HeldBack:
 
     def __init__(self) -> None:
         self._sends: list[Callable[[], Any]] = []
+        self._retries: list[Any] = []
 
     def send_later(self, send: Callable[[], Any]) -> None:
         self._sends.append(send)
@@ -52,6 +53,7 @@ class HeldBack:
     def divert(self, retry: Any) -> None:
         """Make ``retry.apply_async()`` wait for its turn here."""
         apply_async = retry.apply_async
+        self._retries.append(retry)
 
         def send_or_reject(*args: Any, **kwargs: Any) -> None:
             try:
@@ -61,6 +63,11 @@ class HeldBack:
                 raise Reject(error, requeue=False) from error
 
         retry.apply_async = lambda *args, **kwargs: self.send_later(lambda: send_or_reject(*args, **kwargs))
+
+    def put_into_headers(self, name: str) -> None:
+        """Put a header that is true into the retries that wait here."""
+        for retry in self._retries:
+            retry.options["headers"][name] = True
 
     def send_all(self, app: Any, task: str) -> None:
         """Send everything, in order; while the broker refuses, the task waits here rather than lose it."""

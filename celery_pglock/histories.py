@@ -11,11 +11,11 @@ from django.db import router
 
 from celery_pglock import config
 from celery_pglock.durations import seconds
-from celery_pglock.looks import looking
+from celery_pglock.looks import FAILURES, looking
 from celery_pglock.model_locks import model
 from celery_pglock.models import LockReport, LossCount, SkipCount
 from celery_pglock.modes import ROW_EXCLUSIVE
-from celery_pglock.reports import FAILURES, WINDOW, Report, not_done
+from celery_pglock.reports import WINDOW, Report, not_done
 from celery_pglock.side_effects import Raise
 
 # What is left of a long backlog is for the next reports: each statement stays a short one.

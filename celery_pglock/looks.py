@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
-from django.db import ProgrammingError, connections, transaction
+from django.db import DatabaseError, InterfaceError, ProgrammingError, connections, transaction
 from psycopg.errors import UndefinedTable
 
 from celery_pglock.errors import LockMisuse
 from celery_pglock.raw_connections import check_vendor
+
+# What a look may raise: it could not be made now, or never can.
+FAILURES: Final = (DatabaseError, InterfaceError, LockMisuse)
 
 # In milliseconds: longer than any look takes, shorter than a person or a beat would wait.
 LOCK_TIMEOUT = "1000"

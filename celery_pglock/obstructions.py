@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 
 from django.db.models import BooleanField, ExpressionWrapper, Q
 
-from celery_pglock import config, labels, wordings
+from celery_pglock import backends, config, labels, wordings
 from celery_pglock.backends import EXPLANATIONS, NOT_PERMITTED
+from celery_pglock.consequences import CLIENT, RUNS
 from celery_pglock.errors import LockMisuse
 from celery_pglock.filters import filtered
 from celery_pglock.looks import looking
@@ -19,10 +20,6 @@ from celery_pglock.pool import pool
 from celery_pglock.printed_texts import one_line
 from celery_pglock.querysets import IS_MARKER, OwnPid
 from celery_pglock.trees import PREPARED
-
-CLIENT_BACKEND = "CLIENT_BACKEND"
-# Only what runs a statement can be cancelled.
-IS_ACTIVE = ("ACTIVE", "FASTPATH_FUNCTION_CALL")
 
 AS_CRITICAL = "it is as critical"
 
@@ -127,7 +124,9 @@ def look(alias: str, min_wait: float) -> Situation:
         # Read once more: whoever is in the way has told by now whether he is critical himself.
         tasks = _Tasks(alias, critical | _markers(alias))
         ahead = _those_who_only_wait(alias, rows)
-        allowed = _allowed(alias, rows)
+        in_the_way = {row.blocking_activity_id for row in rows} - {None}
+        allowed = _allowed(alias, in_the_way)
+        permitted = backends.permitted(in_the_way, alias)
     waiters = {row.pk: tasks.waiter(row) for row in rows}
     rows.sort(key=lambda row: (row.pk in ahead, -waiters[row.pk].priority, -waiters[row.pk].waited, row.pk))
     rows_of: dict[TaskOrPid, list[Any]] = {}
@@ -135,7 +134,8 @@ def look(alias: str, min_wait: float) -> Situation:
     for row in rows:
         who = _task_or_pid(row.blocking_activity_id, row.blocking_activity)
         waiter = waiters[row.pk]
-        reason = tasks.why_spared(row, waiter, is_allowed=row.blocking_activity_id in allowed)
+        pid = row.blocking_activity_id
+        reason = tasks.why_spared(row, waiter, is_allowed=pid in allowed, is_permitted=pid in permitted)
         if reason:
             spared.setdefault(who, tasks.spared(row, waiter, reason))
         else:
@@ -176,12 +176,12 @@ def _names_of(task_id: str) -> list[str]:
 def _ordered(activities: Iterable[Any], task_id: str) -> tuple[Session, ...]:
     names = _names_of(task_id)
     # Workers of a parallel query have the name of the backend that they help, and end with its query.
-    sessions = [_session(one) for one in activities if one.backend_type == CLIENT_BACKEND]
+    sessions = [_session(one) for one in activities if one.backend_type == CLIENT]
     return tuple(sorted(sessions, key=lambda one: (names.index(one.application_name or ""), one.pid)))
 
 
 def _session(activity: Any) -> Session:
-    is_active = activity.state in IS_ACTIVE
+    is_active = activity.state in RUNS
     return Session(activity.pk, activity.backend_start, activity.application_name, is_active)
 
 
@@ -217,7 +217,7 @@ class _Tasks:
             row.wait_duration.total_seconds(),
         )
 
-    def why_spared(self, row: Any, waiter: Waiter, *, is_allowed: bool) -> str:
+    def why_spared(self, row: Any, waiter: Waiter, *, is_allowed: bool, is_permitted: bool) -> str:
         """Why the one in the way is not to be stopped; empty if he may be."""
         pid, activity = row.blocking_activity_id, row.blocking_activity
         priority = self._priorities.get(_task_or_pid(pid, activity), 0)
@@ -231,9 +231,12 @@ class _Tasks:
             return f"{AS_CRITICAL}: its priority is {priority}"
         if activity.backend_start is None:
             return EXPLANATIONS[NOT_PERMITTED]
-        if activity.backend_type != CLIENT_BACKEND:
+        if activity.backend_type != CLIENT:
             return f"it is PostgreSQL's own: {activity.backend_type}"
-        return "" if is_allowed else "CELERY_PGLOCK['VICTIMS'] does not name it"
+        if not is_allowed:
+            name = one_line(activity.application_name or "")
+            return f"no filter of CELERY_PGLOCK['VICTIMS'] finds it: application_name={name}"
+        return "" if is_permitted else EXPLANATIONS[NOT_PERMITTED]
 
     def spared(self, row: Any, waiter: Waiter, reason: str) -> Spared:
         return Spared(self._words(row), row.blocking_activity_id, reason, waiter)
@@ -297,9 +300,8 @@ def _subject(row: Any) -> str:
     return str(row.pk).rpartition(f":{row.activity_id}:")[0]
 
 
-def _allowed(alias: str, rows: Iterable[Any]) -> set[int]:
-    """Of those in the way the ones that may be stopped at all."""
-    pids = {row.blocking_activity_id for row in rows} - {None}
+def _allowed(alias: str, pids: Iterable[int]) -> set[int]:
+    """Of those in the way the ones that the settings name."""
     found = PGActivity.objects.using(alias).filter(pk__in=pids)
     return {pid for one in _filtered(found) for pid in one.values_list("pk", flat=True)}
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from django.db import DatabaseError, InterfaceError
 
 from celery_pglock import labels
 from celery_pglock.audits import OUTCOMES, TABLE
-from celery_pglock.errors import LockLost, LockMisuse
-from celery_pglock.looks import apart
+from celery_pglock.clocks import now
+from celery_pglock.errors import LockLost
+from celery_pglock.looks import FAILURES, apart
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +22,10 @@ logger = logging.getLogger(__name__)
 NEWEST: Final = f"""
 SELECT act.at, act.comes_back, act.by, act.reason FROM {TABLE} AS act
 LEFT JOIN {OUTCOMES} AS outcome ON outcome.act_id = act.id
-WHERE act.task_id = %s AND act.comes_back IS NOT NULL AND act.at > %s::timestamptz
+WHERE act.task_id = %s AND act.comes_back IS NOT NULL AND act.at > clock_timestamp() - %s
   AND coalesce(outcome.outcome, 'terminated') IN ('cancelled', 'terminated', 'still ending')
 ORDER BY act.at DESC LIMIT 1
 """
-
-BEFORE_ALL: Final = "-infinity"
 
 # In how long a chain of errors a broken connection is looked for.
 MOST_CAUSES = 20
@@ -54,19 +53,22 @@ def may_be_of_a_stop(error: BaseException) -> bool:
     return False
 
 
-def newest(task_id: str, aliases: Iterable[str], after: str) -> Preemption | None:
-    """The newest act that stopped this task on one of these aliases, if there is one after this moment."""
+def newest(task_id: str, aliases: Iterable[str], since: float) -> Preemption | None:
+    """The newest act that stopped this task on one of these aliases, if there is one since then.
+
+    ``since`` is on the clock that is never set: before, another run may have had this id, and been stopped.
+    """
     name = labels.task_id_of(labels.application_name(labels.LOCK_SESSION, task_id))
-    acts = [act for alias in aliases if (act := _newest(name, alias, after))]
+    acts = [act for alias in aliases if (act := _newest(name, alias, since))]
     return max(acts, key=lambda act: act.at, default=None)
 
 
-def _newest(name: str, alias: str, after: str) -> Preemption | None:
+def _newest(name: str, alias: str, since: float) -> Preemption | None:
     try:
         with apart(alias) as connection, connection.cursor() as cursor:
-            cursor.execute(NEWEST, [name, after])
+            cursor.execute(NEWEST, [name, timedelta(seconds=now() - since)])
             row = cursor.fetchone()
-    except (DatabaseError, InterfaceError, LockMisuse) as error:
+    except FAILURES as error:
         # Without the app there is no audit; and with a database that is away nobody was stopped for another.
         logger.info("Whether task %s was stopped for a critical one could not be read: %s", name, error)
         return None

@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeAlias, TypeVar
 
-from django.db import DatabaseError, InterfaceError, connections, router
+from django.db import connections, router
 from django.db.models import BooleanField, ExpressionWrapper, Q, Sum
 from django.db.models.functions import Now
 
 from celery_pglock import config, inquiries, wordings
 from celery_pglock.durations import Duration, seconds
-from celery_pglock.errors import LockMisuse
 from celery_pglock.labels import LONGEST_NAME
-from celery_pglock.looks import looking
+from celery_pglock.looks import FAILURES, looking
 from celery_pglock.model_locks import model
 from celery_pglock.models import PGLock, SkipCount
 from celery_pglock.modes import ACCESS_SHARE
@@ -62,9 +61,6 @@ COLUMNS = (
     "activity_id",
     "activity__application_name",
 )
-
-# What keeps one part of a report from being told, and the others not.
-FAILURES = (DatabaseError, InterfaceError, LockMisuse)
 
 T = TypeVar("T")
 

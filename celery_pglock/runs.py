@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from celery.exceptions import Ignore, TaskPredicate
+from celery.exceptions import Retry as RetryLater
 from django.db import DatabaseError, InterfaceError, InternalError, OperationalError
+from psycopg.errors import AdminShutdown, QueryCanceled
 
-from celery_pglock import preemptions, signals, work_connections
-from celery_pglock.claims import Hold, Refusal
+from celery_pglock import clocks, preemptions, signals, work_connections
+from celery_pglock.claims import ENDED, Hold, Refusal
 from celery_pglock.conflicts import (
     AFTER_PREEMPTION,
     CONFLICTS,
@@ -31,6 +33,7 @@ from celery_pglock.holders import Holder
 from celery_pglock.interruptions import Interruption, can_interrupt
 from celery_pglock.labels import Owner
 from celery_pglock.locks import advisory
+from celery_pglock.preemptions import Preemption
 from celery_pglock.task_options import TaskOptions
 
 logger = logging.getLogger(__name__)
@@ -53,10 +56,9 @@ class Outage:
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """The body was stopped for a critical task, at this moment by the clock of the audit."""
+    """The task was stopped for a critical one."""
 
     error: Preempted
-    at: str
 
 
 class ReplacedEagerly(Ignore):
@@ -75,7 +77,11 @@ def held_back_by(request: Any) -> HeldBack | None:
 
 @dataclass(slots=True)
 class Run:
-    """One run of a task: who runs it, and under which lock."""
+    """One run of a task: who runs it, and under which lock.
+
+    ``began`` is of its newest attempt, on the clock that is never set. ``was_preempted`` tells whether an
+    attempt, or an earlier run of this message, was stopped for a critical task.
+    """
 
     task: Any
     request: Any
@@ -83,15 +89,12 @@ class Run:
     on_lost: str
     priority: int
     is_direct_call: bool
+    was_preempted: bool
+    began: float = 0.0
 
     @property
     def has_message(self) -> bool:
         return not self.is_direct_call and not self.request.is_eager
-
-    @property
-    def was_preempted(self) -> str:
-        """When an earlier run of this message was stopped for a critical task; empty if none was."""
-        return str((self.request.headers or {}).get(PREEMPTED, ""))
 
     def __str__(self) -> str:
         return f"Task {self.task.name}[{self.request.id}]"
@@ -109,7 +112,15 @@ def run(
     """Run the body under the task's lock, or do what its side effect says."""
     request = task.request
     lock = options.lock(args, kwargs)
-    this = Run(task, request, lock, options.what_if_lost(), options.priority, is_direct_call)
+    this = Run(
+        task,
+        request,
+        lock,
+        options.what_if_lost(),
+        options.priority,
+        is_direct_call,
+        was_preempted=PREEMPTED in (request.headers or {}),
+    )
     if not is_direct_call:
         request.pglock_lock = lock
     elif vars(request).get("pglock_lock") == lock:
@@ -123,6 +134,7 @@ def run(
     ):
         pause = pauses()
         while True:
+            this.began = clocks.now()
             try:
                 outcome = _attempt(this, body, args, kwargs)
             except ReplacedEagerly as replaced:
@@ -131,6 +143,8 @@ def run(
                 outcome = _stopped(this, error)
                 if outcome is None:
                     raise
+            if (ended_by := _what_ended_the_wait(outcome)) is not None:
+                outcome = _stopped(this, ended_by) or outcome
             if not isinstance(outcome, TaskConflict | Outage | Stopped):
                 return outcome
             try:
@@ -150,29 +164,41 @@ def _without_the_body(this: Run, options: TaskOptions, why: TaskConflict | Outag
     if isinstance(why, Outage):
         return _conflict(this, str(why.error), 0, ()).come_back_after(why.error)
     if isinstance(why, Stopped):
-        return _conflict(this, str(why.error), 0, ()).come_back_preempted(why.error, why.at)
+        return _conflict(this, str(why.error), 0, ()).come_back_preempted(why.error)
     signals.lock_conflict.send_robust(sender=this.task, lock=this.lock, conflict=why)
     if why.is_with_itself:
         return why.come_back()
     return (AFTER_PREEMPTION if this.was_preempted else options.effect()).on_conflict(why)
 
 
+def _what_ended_the_wait(outcome: Any) -> Exception | None:
+    """The error of somebody who ended the wait for the lock; ``None`` if it ended otherwise."""
+    if isinstance(outcome, TaskConflict) and outcome.reason.startswith(ENDED):
+        return outcome.error()
+    if isinstance(outcome, Outage) and isinstance(outcome.error.__cause__, QueryCanceled | AdminShutdown):
+        return outcome.error
+    return None
+
+
 def _stopped(this: Run, error: Exception) -> Stopped | None:
-    """Whether the body ended with this error because it was stopped for a critical task."""
-    if not this.has_message or isinstance(error, TaskPredicate) or not preemptions.may_be_of_a_stop(error):
-        return None
-    found = preemptions.newest(
-        this.request.id,
-        {this.lock.using, *work_connections.aliases()},
-        this.was_preempted or preemptions.BEFORE_ALL,
-    )
+    """Whether the attempt ended with this error because it was stopped for a critical task."""
+    found = None if isinstance(error, TaskPredicate) else _preemption(this, error)
     if found is None:
         return None
     preempted = Preempted(this.lock.name, found.by, found.reason)
     if not found.comes_back:
         raise preempted from error
     preempted.__cause__ = error
-    return Stopped(preempted, found.at.isoformat())
+    this.was_preempted = True
+    return Stopped(preempted)
+
+
+def _preemption(this: Run, error: BaseException | None) -> Preemption | None:
+    """The act by which this attempt was stopped, if the error may come of one."""
+    if error is None or not this.has_message or not preemptions.may_be_of_a_stop(error):
+        return None
+    aliases = {this.lock.using, *work_connections.aliases()}
+    return preemptions.newest(this.request.id, aliases, this.began)
 
 
 def _attempt(this: Run, body: Body, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -293,6 +319,9 @@ def _finish(this: Run, hold: Hold, held_back: HeldBack, ended_with: BaseExceptio
         if this.lock.xact and ended_with is None:
             # What was to follow the COMMIT does not.
             raise LockLost(this.lock.name, f"{loss}, and the work rolled back")
+    if isinstance(ended_with, RetryLater) and _preemption(this, ended_with.exc):
+        # Of what stopped it the body made a retry of its own, which is not to be skipped either.
+        held_back.put_into_headers(PREEMPTED)
     held_back.send_all(this.task.app, str(this))
     if not kept and ended_with is None and this.on_lost == "fail":
         raise LockLost(this.lock.name, loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +25,21 @@ REPORT = "celery_pglock.report_locks"
 PRIORITIZE = "celery_pglock.prioritize_critical_tasks"
 
 
+def _one_for_each_alias(name: str) -> Callable[..., str]:
+    """The key of a task: the same for an alias, whether it is named or left to the settings."""
+
+    def key(using: str | None = None, *_: Any, **__: Any) -> str:
+        return f"{name}(using={config.current().USING if using is None else using})"
+
+    return key
+
+
 @shared_task(
     bind=True,
     base=AdvisoryTask,
     name=REPORT,
     ignore_result=False,
-    lock_by=("using",),
+    lock_key=_one_for_each_alias(REPORT),
     lock_timeout=0,
     lock_side_effect=Skip(),
     lock_strict=False,
@@ -68,14 +78,10 @@ def report_locks(
     return report.in_json()
 
 
-def _one_runner(*, using: str | None = None, **_: Any) -> str:
-    return f"{PRIORITIZE}(using={config.current().USING if using is None else using})"
-
-
 @shared_task(
     name=PRIORITIZE,
     base=AdvisoryTask,
-    lock_key=_one_runner,
+    lock_key=_one_for_each_alias(PRIORITIZE),
     lock_timeout=0,
     lock_side_effect=Skip(),
     lock_strict=False,

@@ -7,7 +7,7 @@ from contextlib import suppress
 from celery import Task
 from django.db import OperationalError, connection, transaction
 
-from celery_pglock import AdvisoryTask, Retry, Skip, XactAdvisoryTask
+from celery_pglock import AdvisoryTask, Retry, Skip, XactAdvisoryTask, advisory
 from celery_pglock.bootsteps import PrioritizeCriticalTasks
 from celery_pglock.conflicts import PREEMPTED
 from celery_pglock.models import KeyState
@@ -117,6 +117,12 @@ def critical(self, key, seconds=0.0):
     time.sleep(seconds)
     note(self, key, "ends")
     return "through"
+
+
+@app.task(base=AdvisoryTask, lock_key="critical nested", lock_timeout=LONG, lock_priority=CRITICAL)
+def critical_nested(key):
+    with advisory(key, timeout=LONG) as is_mine:
+        return is_mine
 
 
 @app.task(base=AdvisoryTask, bind=True, lock_key="{key}", lock_timeout=LONG, lock_priority=CRITICAL + 1)

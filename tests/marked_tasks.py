@@ -5,7 +5,7 @@ import time
 from celery import Task
 from django.db import OperationalError, connection
 
-from celery_pglock import AdvisoryTask, Raise, Skip
+from celery_pglock import AdvisoryTask, LockLost, Raise, Skip, XactAdvisoryTask
 from tests.celery_app import app
 from tests.models import Entry
 
@@ -41,3 +41,42 @@ def fails_the_second_time(self):
     if Entry.objects.filter(task_id=self.request.id, what="begins").count() == 1:
         time.sleep(30)
     raise OperationalError("for a reason of its own")
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_side_effect=Raise())
+def fails_after_a_retry_of_its_own(self):
+    note(self, "begins")
+    times = Entry.objects.filter(task_id=self.request.id, what="begins").count()
+    if times == 1:
+        time.sleep(30)
+    if times == 2:
+        raise self.retry(countdown=0)
+    raise OperationalError("for a reason of its own")
+
+
+@app.task(base=AdvisoryTask, bind=True)
+def fails(self):
+    raise OperationalError("for a reason of its own")
+
+
+@app.task(base=AdvisoryTask, bind=True, autoretry_for=(LockLost,), lock_side_effect=Skip("skipped"))
+def tries_again_by_itself(self):
+    note(self, "begins")
+    if Entry.objects.filter(task_id=self.request.id, what="begins").count() == 1:
+        time.sleep(30)
+    return "done"
+
+
+tries_again_by_itself.default_retry_delay = 1
+
+
+@app.task(
+    base=XactAdvisoryTask, bind=True, lock_key="waited for", lock_timeout=30, lock_side_effect=Skip("no")
+)
+def waits_in_a_transaction(self):
+    return "done"
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="waited for", lock_timeout=30, lock_side_effect=Skip("no"))
+def waits(self):
+    return "done"

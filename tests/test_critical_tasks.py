@@ -33,6 +33,7 @@ from tests.conftest import running_worker, wait_until
 from tests.critical_tasks import (
     as_critical_holds,
     critical,
+    critical_nested,
     critical_reader,
     critical_writer,
     holds,
@@ -149,13 +150,23 @@ class TestInPrefork:
         reached(victim, states.RETRY)
         assert victim.get(timeout=10) == "done"
 
+    def test_a_task_that_holds_a_key_which_a_critical_body_waits_for_is_stopped(self, send):
+        victim = send(holds, "k")
+        begun("k")
+        result = send(critical_nested, "k")
+        waiting()
+        assert [one["task_id"] for one in clear()["stopped"]] == [victim.id]
+        assert result.get(timeout=5) is True
+        assert victim.get(timeout=10) == "done"
+
     def test_an_outsider_who_holds_a_row_is_spared_and_told(self, send, rival, a_row, caplog):
         rival.connection.execute("BEGIN; SELECT FROM tests_entry FOR UPDATE")
         result = send(critical_writer, "row")
         waiting()
         summary = clear()
         assert summary["stopped"] == []
-        assert [one["reason"] for one in summary["spared"]] == ["CELERY_PGLOCK['VICTIMS'] does not name it"]
+        (spared,) = summary["spared"]
+        assert "no filter of CELERY_PGLOCK['VICTIMS'] finds it: application_name=" in spared["reason"]
         assert [record.levelname for record in caplog.records] == ["ERROR"]
         assert not Act.objects.exists()
         rival.connection.execute("ROLLBACK")
@@ -584,6 +595,35 @@ class TestWhoIsStopped:
         assert [one["task_id"] for one in summary["stopped"]] == ["mine"]
         assert "this role may not" in summary["spared"][0]["reason"]
         assert is_there(blocker, stranger) == [False, True]
+
+    @pytest.mark.parametrize("may_signal", [False, True])
+    def test_whom_a_role_may_read_and_not_stop_takes_nobodys_turn(self, somebody, rival, caplog, may_signal):
+        has_role(rival)
+        rival.connection.execute("GRANT pg_read_all_stats TO critical_ordinary")
+        if may_signal:
+            rival.connection.execute("GRANT pg_signal_backend TO critical_ordinary")
+        stranger, mine = somebody("celery:a"), somebody("celery:b", role="critical_ordinary")
+        for number, blocker in ((7, stranger), (8, mine)):
+            blocker.take(number)
+            somebody(f"celery:c{number}", 10 - number).waits(f"SELECT pg_advisory_lock({number})")
+        with as_role("critical_ordinary"):
+            summary = clear(max_victims=1)
+        assert [one["task_id"] for one in summary["stopped"]] == ["b"]
+        assert "this role may not" in summary["spared"][0]["reason"]
+        assert is_there(stranger, mine) == [True, False]
+        assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]
+
+    def test_a_role_that_may_signal_stops_others(self, somebody, rival):
+        has_role(rival)
+        rival.connection.execute("GRANT pg_read_all_stats, pg_signal_backend TO critical_ordinary")
+        rival.connection.execute("DROP ROLE IF EXISTS critical_other")
+        rival.connection.execute("CREATE ROLE critical_other LOGIN")
+        other = somebody("celery:b", role="critical_other")
+        other.take(7)
+        somebody("celery:c", 1).waits("SELECT pg_advisory_lock(7)")
+        with as_role("critical_ordinary"):
+            assert [one["task_id"] for one in clear()["stopped"]] == ["b"]
+        assert is_there(other) == [False]
 
     @pytest.mark.django_db(transaction=True, databases=["default", "locks"])
     def test_one_runner_at_a_time_looks_after_an_alias(self, somebody):

@@ -4,19 +4,31 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
-from celery import states
+from celery import states, uuid
 from django.db import connection, connections
 
 from celery_pglock import LockMisuse, LockNotAcquired, Preempted, preemptions
 from celery_pglock.audits import acting, audit
+from celery_pglock.clocks import now
+from celery_pglock.conflicts import CONFLICTS
 from celery_pglock.keys import key
 from celery_pglock.labels import Owner
 from celery_pglock.markers import CRITICAL, marker
+from celery_pglock.models import PGLock
 from celery_pglock.sessions import LockSession
 from celery_pglock.voices import Refused
 from celery_pglock.work_connections import mark_a_new_one, marked
 from tests.conftest import Rival, in_another_thread, running_worker, wait_until
-from tests.marked_tasks import fails_the_second_time, sleeps_the_first_time, tells_its_markers
+from tests.marked_tasks import (
+    fails,
+    fails_after_a_retry_of_its_own,
+    fails_the_second_time,
+    sleeps_the_first_time,
+    tells_its_markers,
+    tries_again_by_itself,
+    waits,
+    waits_in_a_transaction,
+)
 from tests.models import Entry
 
 APPLICATION_NAME = "SELECT application_name FROM pg_stat_activity WHERE pid = %s"
@@ -166,8 +178,8 @@ def children(_children, transactional_db):
     return _children
 
 
-def send(task):
-    result = task.apply_async(queue="marked")
+def send(task, **options):
+    result = task.apply_async(queue="marked", **options)
     wait_until(lambda: Entry.objects.filter(task_id=result.id, what="begins").exists(), "it begins")
     return result
 
@@ -210,6 +222,14 @@ class TestTasks:
         rival.give_back(sleeps_the_first_time.name)
         assert result.get(timeout=20) == "done"
 
+    def test_its_conflicts_are_counted_anew(self, rival):
+        result = send(sleeps_the_first_time, headers={CONFLICTS: 9})
+        stop(result.id, comes_back=True)
+        wait_until(lambda: rival.take(sleeps_the_first_time.name))
+        wait_until(lambda: isinstance(result.result, LockNotAcquired))
+        rival.give_back(sleeps_the_first_time.name)
+        assert result.get(timeout=10) == "done"
+
     def test_who_is_not_to_come_back_fails_and_says_why(self):
         result = send(sleeps_the_first_time)
         stop(result.id, comes_back=False)
@@ -230,21 +250,68 @@ class TestTasks:
             result.get(timeout=20)
         assert Entry.objects.filter(task_id=result.id, what="begins").count() == 2
 
+    def test_an_act_explains_no_run_after_a_retry_of_its_own(self):
+        result = send(fails_after_a_retry_of_its_own)
+        stop(result.id, comes_back=True)
+        with pytest.raises(Exception, match="for a reason of its own"):
+            result.get(timeout=20)
+        assert Entry.objects.filter(task_id=result.id, what="begins").count() == 3
+
+    def test_an_act_explains_no_later_message_with_the_same_id(self):
+        task_id = uuid()
+        with audit("default") as entries:
+            entries.end(entries.begin("terminate", 1, None, task_id, False, IN_THE_WAY), "terminated")
+        result = fails.apply_async(queue="marked", task_id=task_id)
+        with pytest.raises(Exception, match="for a reason of its own"):
+            result.get(timeout=20)
+
+    def test_who_cannot_be_sent_back_waits_its_turn_in_place(self, rival, broker, children):
+        result = send(fails_the_second_time)
+        with broker.refuses_messages():
+            stop(result.id, comes_back=True)
+            wait_until(lambda: rival.take(fails_the_second_time.name))
+            wait_until(lambda: children.log.count(f"[{result.id}] waits in place") > 2 or result.ready())
+            rival.give_back(fails_the_second_time.name)
+            with pytest.raises(Exception, match="for a reason of its own"):
+                result.get(timeout=20)
+
+    def test_who_tries_again_by_itself_is_not_skipped(self, rival):
+        result = send(tries_again_by_itself)
+        stop(result.id, comes_back=True)
+        wait_until(lambda: rival.take(tries_again_by_itself.name))
+        wait_until(lambda: isinstance(result.result, LockNotAcquired))
+        rival.give_back(tries_again_by_itself.name)
+        assert result.get(timeout=20) == "done"
+
+    @pytest.mark.parametrize("task", [waits, waits_in_a_transaction])
+    def test_who_only_waits_comes_back_too_and_says_why(self, rival, task):
+        rival.take("waited for")
+        result = task.apply_async(queue="marked")
+        wait_until(lambda: rival.sees_held("waited for", granted=False))
+        with audit("default") as entries, connection.cursor() as cursor:
+            waiter = PGLock.objects.get(granted=False).activity_id
+            number = entries.begin("cancel", waiter, None, result.id, True, IN_THE_WAY)
+            cursor.execute("SELECT pg_cancel_backend(%s)", [waiter])
+            entries.end(number, "cancelled")
+        wait_until(lambda: isinstance(result.result, Preempted))
+        rival.give_back("waited for")
+        assert result.get(timeout=20) == "done"
+
 
 class TestTheAudit:
     def test_nothing_is_found_where_there_is_no_table(self, rival):
         rival.connection.execute("ALTER TABLE celery_pglock_act RENAME TO elsewhere")
         try:
-            assert preemptions.newest("some-task", ["default"], preemptions.BEFORE_ALL) is None
+            assert preemptions.newest("some-task", ["default"], now() - 60) is None
         finally:
             rival.connection.execute("ALTER TABLE elsewhere RENAME TO celery_pglock_act")
 
     def test_who_was_spared_was_not_stopped(self, rival):
         with audit("default") as entries:
             number = entries.begin("terminate", 1, None, "some-task", True, IN_THE_WAY)
-            assert preemptions.newest("some-task", ["default"], preemptions.BEFORE_ALL).reason == IN_THE_WAY
+            assert preemptions.newest("some-task", ["default"], now() - 60).reason == IN_THE_WAY
             entries.end(number, "gone")
-        assert preemptions.newest("some-task", ["default"], preemptions.BEFORE_ALL) is None
+        assert preemptions.newest("some-task", ["default"], now() - 60) is None
 
     @pytest.mark.parametrize(
         ("error", "may_be"),

@@ -437,6 +437,8 @@ def test_where_locks_cannot_be_read_the_task_fails_with_the_error(rival):
 def test_two_reports_of_one_alias_do_not_run_at_once(rival):
     with held_elsewhere(report_locks.lock_for(using=None)):
         assert report() is None
+        assert report(using="default") is None
+        assert report_locks.apply(["default"]).get() is None
         assert report(using="locks")["using"] == "locks"
 
 
