@@ -35,7 +35,6 @@ TERMINATE = "terminate"
 MOST_VICTIMS = 100
 
 
-
 def may(request: Any, action: str) -> bool:
     """Whether this person may stop backends in this way."""
     return bool(request.user.has_perm(f"{APP}.{action}_pgactivity"))

@@ -83,9 +83,20 @@ def marked(task_id: str, priority: int) -> Iterator[None]:
         yield
     finally:
         _critical.task_id, _critical.priority = "", 0
-        for connection in connections.all(initialized_only=True):
-            if not _unmark(connection, priority):
-                connection.close()
+        _unmark_all(priority)
+
+
+def _unmark_all(priority: int) -> None:
+    marked = list(connections.all(initialized_only=True))
+    try:
+        while marked:
+            if not _unmark(marked[-1], priority):
+                marked[-1].close()
+            marked.pop()
+    finally:
+        # Where a time limit has interrupted it, what is left must not tell of the task any longer.
+        for connection in marked:
+            connection.close()
 
 
 def mark_a_new_one(connection: Any, **_: Any) -> None:

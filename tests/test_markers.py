@@ -1,5 +1,6 @@
 """Critical tasks mark their backends, and those that were stopped for them come back."""
 
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -88,6 +89,26 @@ class TestWorkConnections:
         with marked("some-task", 7):
             pid()
             has_failed_transaction()
+        wait_until(lambda: rival.sees_held((CRITICAL, 7)) == 0)
+
+    @pytest.mark.django_db(transaction=True, databases=["default", "locks"])
+    def test_no_marker_outlives_an_end_that_is_interrupted(self, rival):
+        def interrupt(*_):
+            raise InterruptedError
+
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            with pytest.raises(InterruptedError), marked("some-task", 7):
+                pid()
+                connections["locks"].ensure_connection()
+                assert rival.sees_held((CRITICAL, 7)) == 2
+                # Which is read to find the connection's own name.
+                rival.connection.execute("BEGIN; LOCK TABLE pg_settings")
+                signal.setitimer(signal.ITIMER_REAL, 0.5)
+            assert rival.sees_held((CRITICAL, 7)) == 1
+        finally:
+            signal.signal(signal.SIGALRM, before)
+            rival.connection.execute("ROLLBACK")
         wait_until(lambda: rival.sees_held((CRITICAL, 7)) == 0)
 
     def test_those_of_djangos_pool_are_left_alone(self, rival, monkeypatch):
