@@ -1,6 +1,6 @@
 # make example   starts servers and workers, sends real work, and shows live what happens; SERVE=1 goes on until
 #                Ctrl-C, with the admin to look at, on PORT
-# make test      runs all tests, SIDE_BY_SIDE=2 of them at a time; PG=16 chooses another embedded PostgreSQL, ARGS
+# make test      runs all tests, SIDE_BY_SIDE=3 of them at a time; PG=16 chooses another embedded PostgreSQL, ARGS
 #                go to pytest
 # make check     everything that a change must pass
 # make soak      kills, stops and cuts off workers and servers for MINUTES, and checks what came of it; MODE is
@@ -11,7 +11,7 @@
 PYTHON ?= python3
 PG ?= 18
 ARGS ?=
-SIDE_BY_SIDE ?= 2
+SIDE_BY_SIDE ?= 3
 SECONDS ?= 20
 SERVE ?=
 PORT ?=

@@ -39,7 +39,10 @@ ADVISORY_HERE = (
 TransactionTestCase.available_apps = settings.APPS
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    # Those that run the tests side by side need it themselves.
+    if settings.ROOM or not config.getoption("numprocesses", None):
+        os.environ["WITHOUT_THE_ADMIN"] = "yes"
     # In the background of a shell Ctrl-C is ignored, and would be by the processes that tests start and stop.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

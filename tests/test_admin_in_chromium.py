@@ -37,10 +37,8 @@ LEAST_CONTRAST = 4.5
 
 LOOKS = {
     "desktop": {},
-    "desktop-dark": {"dark": True},
-    "phone": {"size": PHONE},
+    "desktop-dark-without-scripts": {"dark": True, "scripts": False},
     "phone-dark": {"size": PHONE, "dark": True},
-    "desktop-without-scripts": {"scripts": False},
     "phone-without-scripts": {"size": PHONE, "scripts": False},
 }
 
