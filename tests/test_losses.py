@@ -104,14 +104,19 @@ class TestInPrefork:
 
     def test_the_next_task_of_the_same_child_is_never_interrupted(self, send, rival):
         # A loss at the very end of a body: the signal may still be on its way.
-        for number in range(20):
+        in_time = 0
+        for number in range(60):
             key = f"late {number}"
-            result = send(is_interrupted, key, "sleep", 0.05 + number / 1000)
+            result = send(is_interrupted, key, "sleep", 0.05 + number % 20 / 1000)
             begun(key)
-            end_the_session(rival)
+            # Some bodies have ended by now, if the machine is busy.
+            in_time += rival.ask(f"SELECT count(pg_terminate_backend(pid)) FROM ({BACKEND}) AS backends")
             after = [send(sleeps_without_a_lock, 0.05) for _ in range(2)]
             result.get(timeout=10, propagate=False)
             assert [one.get(timeout=10) for one in after] == ["done", "done"]
+            if in_time == 20:
+                return
+        assert in_time > 10
 
     def test_an_interruption_comes_once(self, send, rival):
         result = send(swallows_everything, "k")
