@@ -105,7 +105,7 @@ class TestWorkConnections:
                 # Which is read to find the connection's own name.
                 rival.connection.execute("BEGIN; LOCK TABLE pg_settings")
                 signal.setitimer(signal.ITIMER_REAL, 0.5)
-            assert rival.sees_held((CRITICAL, 7)) == 1
+            wait_until(lambda: rival.sees_held((CRITICAL, 7)) == 1)
         finally:
             signal.signal(signal.SIGALRM, before)
             rival.connection.execute("ROLLBACK")
