@@ -125,9 +125,11 @@ class Lifeline:
 
         ``beat`` is None where there is nothing to lose, and asked while nobody else speaks.
         """
+        # Whoever speaks may be done at any moment, and take it away.
+        answer_by = self._answer_by
         if self._has_ended():
             self.lose("the server ended it")
-        elif self._answer_by is not None and now() > self._answer_by:
+        elif answer_by is not None and now() > answer_by:
             self.lose(self._how_silent())
             self._shut_down()
         elif beat is not None and self._silence >= GIVE_UP * self.lease:

@@ -285,8 +285,9 @@ class LockSession:
         """What a watcher does for it, without ever waiting; answers after how many seconds to do so again."""
         if not (self.loss or self.is_closed):
             self._line.listen(self._beat if self._held else None)
-        if self._idle_since is not None:
-            return self._close_if_overdue()
+        # Another thread may take it up at any moment.
+        if (idle_since := self._idle_since) is not None:
+            return self._close_if_overdue(idle_since)
         if not self.loss:
             return min(self._line.patience if self._held else BEAT * self.lease, BEAT * self.lease / 2)
         self._log_the_loss()
@@ -396,9 +397,8 @@ class LockSession:
     def _beat(self) -> str:
         return self._voice.beat(self._held.holdings())
 
-    def _close_if_overdue(self) -> float:
-        assert self._idle_since is not None
-        left = self._idle_since + min(IDLE_SECONDS, self.lease / 2) - clocks.now()
+    def _close_if_overdue(self, idle_since: float) -> float:
+        left = idle_since + min(IDLE_SECONDS, self.lease / 2) - clocks.now()
         if (left <= 0 or self.loss) and self._line.speaking.acquire(blocking=False):
             try:
                 if self._idle_since is not None:

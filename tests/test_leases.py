@@ -12,10 +12,11 @@ import psycopg
 import pytest
 from django.db import OperationalError, ProgrammingError, connections
 
-from celery_pglock import LockLost, advisory, polls
+from celery_pglock import LockLost, advisory, clocks, lifelines, polls
 from celery_pglock.claims import LOCK_DELAY
 from celery_pglock.lifelines import BEAT, GIVE_UP
 from celery_pglock.pool import pool
+from celery_pglock.sessions import LockSession
 from tests.conftest import ADVISORY_HERE, wait_until
 from tests.faults.proxy import Proxy
 from tests.test_sessions import statements_logged_by_the_server
@@ -214,6 +215,32 @@ time.sleep(60)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+    def test_an_answer_may_come_while_the_watcher_looks_at_the_clock(self, rival, monkeypatch):
+        with advisory("k"):
+            line = session()._line
+            line._answer_by = lifelines.now() + LEASE
+
+            def now():
+                line._answer_by = None
+                return clocks.now()
+
+            monkeypatch.setattr(lifelines, "now", now)
+            line.listen(None)
+            assert not line.loss
+
+    def test_a_session_may_be_taken_up_while_the_watcher_looks_at_it(self, rival, pooled):
+        with advisory("k"):
+            its = session()
+        looks = iter([its._idle_since])
+
+        class TakenUp(LockSession):
+            _idle_since = property(lambda _: next(looks, None))
+
+        its.__class__ = TakenUp
+        assert its.tend() > 0
+        assert next(looks, "looked at") == "looked at"
+        its.__class__ = LockSession
 
     def test_a_session_that_cannot_be_watched_is_given_up(self, rival, monkeypatch, caplog):
         def fail(_):
