@@ -14,7 +14,7 @@ from celery_pglock.errors import LockMisuse
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.raw_connections import OnStandby
 from celery_pglock.sessions import check_alias
-from celery_pglock.task_options import session_level_aliases
+from celery_pglock.task_options import TaskOptions, session_level_aliases
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +75,11 @@ def _leave_nothing_behind(task_id: str = "", task: Any = None, state: str = "", 
     if close_leftovers(name, but=vars(task.request).get("pglock_held_before", ())):
         locks.forget_what_was_left()
         lock_sequences.forget_what_was_left()
-    if getattr(task, "lock_xact", False) is True:
+    options = getattr(task, "_lock_options", None)
+    if isinstance(options, TaskOptions) and options.xact:
         work_connections.roll_back_what_was_left(name)
     ran = state in (states.SUCCESS, states.FAILURE)
-    if ran and getattr(task, "_lock_options", None) and "pglock_lock" not in vars(task.request):
+    if ran and options and "pglock_lock" not in vars(task.request):
         logger.error("%s did not take its lock: its class overrides __call__ without calling super()", name)
 
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from celery.exceptions import Ignore, TaskPredicate
+from celery.exceptions import Ignore, SoftTimeLimitExceeded, TaskPredicate
 from celery.exceptions import Retry as RetryLater
 from django.db import DatabaseError, InterfaceError, InternalError, OperationalError
 from psycopg.errors import AdminShutdown, QueryCanceled
@@ -165,10 +165,22 @@ def _without_the_body(this: Run, options: TaskOptions, why: TaskConflict | Outag
         return _conflict(this, str(why.error), 0, ()).come_back_after(why.error)
     if isinstance(why, Stopped):
         return _conflict(this, str(why.error), 0, ()).come_back_preempted(why.error)
-    signals.lock_conflict.send_robust(sender=this.task, lock=this.lock, conflict=why)
-    if why.is_with_itself:
-        return why.come_back()
-    return (AFTER_PREEMPTION if this.was_preempted else options.effect()).on_conflict(why)
+    outcome = "raised"
+    try:
+        if why.is_with_itself:
+            outcome = "redelivered"
+            return why.come_back()
+        result = (AFTER_PREEMPTION if this.was_preempted else options.effect()).on_conflict(why)
+        outcome = "skipped"
+        return result
+    except RetryLater:
+        outcome = "retried"
+        raise
+    except BrokerRefused:
+        outcome = "waits"
+        raise
+    finally:
+        signals.lock_conflict.send_robust(sender=this.task, lock=this.lock, conflict=why, outcome=outcome)
 
 
 def _what_ended_the_wait(outcome: Any) -> Exception | None:
@@ -248,7 +260,7 @@ def _run_held(
         if not this.is_direct_call:
             request.pglock_held_back = held_back
         if hold.keys:
-            signals.lock_acquired.send_robust(sender=task, lock=this.lock, waited=hold.waited)
+            _tell_that_it_was_acquired(this, hold)
         return _run_body(this, hold, body, args, kwargs)
     except BaseException as error:
         ended_with = error
@@ -257,6 +269,14 @@ def _run_held(
         if not this.is_direct_call:
             vars(request).pop("pglock_held_back", None)
         _finish(this, hold, held_back, ended_with)
+
+
+def _tell_that_it_was_acquired(this: Run, hold: Hold) -> None:
+    told = signals.lock_acquired.send_robust(sender=this.task, lock=this.lock, waited=hold.waited)
+    for _, answer in told:
+        # The time limit of the task, which has not failed as a receiver does, and comes once only.
+        if isinstance(answer, SoftTimeLimitExceeded):
+            raise answer
 
 
 def _run_body(this: Run, hold: Hold, body: Body, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -12,7 +12,9 @@ lock_acquired = Signal()
 """The lock was obtained, and the body is about to run. Also: ``waited`` in seconds."""
 
 lock_conflict = Signal()
-"""The lock was not obtained. Also: ``conflict``."""
+"""The lock was not obtained. Also: ``conflict``, and what became of the task, ``outcome``: it was ``"skipped"``,
+``"retried"`` or ``"raised"``; was ``"redelivered"``, a copy of the message that holds the lock, and comes
+back; or ``"waits"`` in place until the broker takes its retry."""
 
 lock_skipped = Signal()
 """A task was skipped. Also: ``conflict``."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from celery import Task
 from celery.contrib.django.task import DjangoTask
-from celery.exceptions import Ignore
 
 from celery_pglock import hooks, runs
 from celery_pglock.conflicts import without_our_headers
@@ -14,47 +14,11 @@ from celery_pglock.durations import UNSET
 from celery_pglock.errors import LockMisuse, LockNotAcquired
 from celery_pglock.held_locks import HeldLock, lock_of
 from celery_pglock.locks import advisory
-from celery_pglock.task_options import TaskOptions, options_of, states_an_option
+from celery_pglock.task_options import TaskOptions, options_of, options_on, states_an_option
 
 
-class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs alone
-    """A task that holds a PostgreSQL advisory lock while it runs.
-
-    Its options are class attributes: given to ``@app.task(base=AdvisoryTask, ...)``, to a base class, or
-    through ``task_annotations``. They are checked when the task is bound; ``LockMisuse`` says what cannot
-    work. Callables are called with the task's arguments, without the task.
-    """
-
-    lock_key: ClassVar[Any] = UNSET
-    """One key (text, int or pair of ints) or a list of them; text may be a template over the arguments;
-    a callable returns any of these, taken literally. Unset: the task's name."""
-    lock_by: ClassVar[Any] = UNSET
-    """Names of the parameters whose values make the key, or ``ALL_ARGUMENTS``; instead of ``lock_key``."""
-    lock_shared: ClassVar[bool] = False
-    """Whether holders of this kind run together; an exclusive one still runs alone."""
-    lock_xact: ClassVar[bool] = False
-    """Whether the lock is transaction-level, and the body runs inside of ``atomic(durable=True)``."""
-    lock_limit: ClassVar[Any] = 1
-    """How many may hold the key at once; a callable computes it from the arguments."""
-    lock_timeout: ClassVar[Any] = UNSET
-    """Seconds to wait in place, over all keys together. Unset: ``CELERY_PGLOCK["TIMEOUT"]``, which is 0."""
-    lock_side_effect: ClassVar[Any] = UNSET
-    """What happens when the lock is not obtained. Unset: ``CELERY_PGLOCK["SIDE_EFFECT"]``: ``Retry()``."""
-    lock_using: ClassVar[Any] = UNSET
-    """Alias whose server keeps the lock. Unset: ``CELERY_PGLOCK["USING"]``, which is ``"default"``."""
-    lock_on_direct_call: ClassVar[bool] = False
-    """Whether calling the task like a function takes the lock, too."""
-    lock_on_lost: ClassVar[Any] = UNSET
-    """What happens when the lock's session is lost during the body: ``"interrupt"`` raises ``LockLost`` in it
-    where that is safe (prefork and solo, on Linux), ``"fail"`` fails the task at its end, ``"warn"`` only
-    tells. Unset: ``CELERY_PGLOCK["ON_LOST"]``, which is ``"interrupt"``."""
-    lock_strict: ClassVar[Any] = UNSET
-    """Whether the lock comes with a fencing token, and stays with nobody for a while after a holder that did
-    not leave in order. Unset: ``CELERY_PGLOCK["STRICT"]``, which is ``False``."""
-
-    lock_priority: ClassVar[int] = 0
-    """Above 0 the task is critical: its backends are marked, and ``prioritize_critical_tasks`` stops those of
-    less priority that block it."""
+class LockedTask(Task):  # type: ignore[type-arg] # generic in the stubs alone
+    """What a task with a lock does otherwise than one without, before any other base class."""
 
     _lock_options: ClassVar[Any] = UNSET
     _next_call_is_celerys: ClassVar[bool] = True
@@ -62,9 +26,14 @@ class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs
     @classmethod
     def on_bound(cls, app: Any) -> None:
         super().on_bound(app)
+        cls.take_locks()
+
+    @classmethod
+    def take_locks(cls) -> None:
+        """Check the options; ``LockMisuse`` says what cannot work."""
         hooks.connect()
         cls._lock_options = UNSET
-        after_ours = cls.__mro__[cls.__mro__.index(AdvisoryTask) + 1 :]
+        after_ours = cls.__mro__[cls.__mro__.index(LockedTask) + 1 :]
         cls._next_call_is_celerys = next(base for base in after_ours if "__call__" in vars(base)) is Task
         # An expected outcome: logged in a line, without a traceback.
         throws = cls.throws if isinstance(cls.throws, tuple) else (cls.throws,)
@@ -78,11 +47,15 @@ class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs
         Celery takes a task for bound even if its binding failed: what cannot work is refused each time.
         """
         if cls._lock_options is UNSET:
-            # With Celery(task_cls=AdvisoryTask), Celery's own tasks stay as they are.
-            left_alone = cls.name.startswith("celery.") and not states_an_option(cls)
-            cls._lock_options = None if left_alone else options_of(cls)
+            given = cls.stated_options()
+            cls._lock_options = None if given is None else options_of(cls, given)
         options: TaskOptions | None = cls._lock_options
         return options
+
+    @classmethod
+    def stated_options(cls) -> Mapping[str, Any] | None:
+        """What was said about the lock; ``None`` for a task that takes none."""
+        raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         options, request = self.lock_options(), self.request
@@ -124,8 +97,55 @@ class AdvisoryTask(DjangoTask):  # type: ignore[type-arg] # generic in the stubs
             return super().on_replace(sig)
         if self.request.is_eager:
             raise runs.ReplacedEagerly(sig)
-        held_back.send_later(sig.delay)
-        raise Ignore("Replaced by new task")
+        send = sig.delay
+        sig.delay = lambda: held_back.send_later(send)
+        return super().on_replace(sig)
+
+
+class AdvisoryTask(LockedTask, DjangoTask):  # type: ignore[type-arg] # generic in the stubs alone
+    """A task that holds a PostgreSQL advisory lock while it runs.
+
+    Its options are class attributes: given to ``@app.task(base=AdvisoryTask, ...)``, to a base class, or
+    through ``task_annotations``. They are checked when the task is bound; ``LockMisuse`` says what cannot
+    work. Callables are called with the task's arguments, without the task.
+    """
+
+    lock_key: ClassVar[Any] = UNSET
+    """One key (text, int or pair of ints) or a list of them; text may be a template over the arguments;
+    a callable returns any of these, taken literally. Unset: the task's name."""
+    lock_by: ClassVar[Any] = UNSET
+    """Names of the parameters whose values make the key, or ``ALL_ARGUMENTS``; instead of ``lock_key``."""
+    lock_shared: ClassVar[bool] = False
+    """Whether holders of this kind run together; an exclusive one still runs alone."""
+    lock_xact: ClassVar[bool] = False
+    """Whether the lock is transaction-level, and the body runs inside of ``atomic(durable=True)``."""
+    lock_limit: ClassVar[Any] = 1
+    """How many may hold the key at once; a callable computes it from the arguments."""
+    lock_timeout: ClassVar[Any] = UNSET
+    """Seconds to wait in place, over all keys together. Unset: ``CELERY_PGLOCK["TIMEOUT"]``, which is 0."""
+    lock_side_effect: ClassVar[Any] = UNSET
+    """What happens when the lock is not obtained. Unset: ``CELERY_PGLOCK["SIDE_EFFECT"]``: ``Retry()``."""
+    lock_using: ClassVar[Any] = UNSET
+    """Alias whose server keeps the lock. Unset: ``CELERY_PGLOCK["USING"]``, which is ``"default"``."""
+    lock_on_direct_call: ClassVar[bool] = False
+    """Whether calling the task like a function takes the lock, too."""
+    lock_on_lost: ClassVar[Any] = UNSET
+    """What happens when the lock's session is lost during the body: ``"interrupt"`` raises ``LockLost`` in it
+    where that is safe (prefork and solo, on Linux), ``"fail"`` fails the task at its end, ``"warn"`` only
+    tells. Unset: ``CELERY_PGLOCK["ON_LOST"]``, which is ``"interrupt"``."""
+    lock_strict: ClassVar[Any] = UNSET
+    """Whether the lock comes with a fencing token, and stays with nobody for a while after a holder that did
+    not leave in order. Unset: ``CELERY_PGLOCK["STRICT"]``, which is ``False``."""
+
+    lock_priority: ClassVar[int] = 0
+    """Above 0 the task is critical: its backends are marked, and ``prioritize_critical_tasks`` stops those of
+    less priority that block it."""
+
+    @classmethod
+    def stated_options(cls) -> Mapping[str, Any] | None:
+        # With Celery(task_cls=AdvisoryTask), Celery's own tasks stay as they are.
+        left_alone = cls.name.startswith("celery.") and not states_an_option(cls)
+        return None if left_alone else options_on(cls)
 
 
 class XactAdvisoryTask(AdvisoryTask):
@@ -136,7 +156,10 @@ class XactAdvisoryTask(AdvisoryTask):
 
 def lock_for(task: Any, /, *args: Any, **kwargs: Any) -> advisory:
     """The lock that a call of this task with these arguments takes; it takes nothing."""
-    options = task.lock_options() if isinstance(task, AdvisoryTask) else None
+    options = task.lock_options() if isinstance(task, LockedTask) else None
     if options is None:
-        raise LockMisuse(f"{task.name} is not locked: its base class is not AdvisoryTask.")
+        raise LockMisuse(
+            f"{task.name} is not locked: its base class is not AdvisoryTask, and no rule of install() "
+            f"names it."
+        )
     return options.lock(args, kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from string import Formatter
@@ -169,11 +169,26 @@ class TaskOptions:
             ) from None
 
 
-def options_of(task: type[Any]) -> TaskOptions:
-    """The options that a task class states; what cannot work is refused with ``LockMisuse``."""
+def options_on(task: type[Any]) -> dict[str, Any]:
+    """The options that are attributes of a task class; ``LockMisuse`` for names that only look like one."""
+    check_names([name for name in dir(task) if name not in METHODS], f"Task {task.name}")
     # Read from the class: a function stored there would become a method of the task.
-    given: dict[str, Any] = {name: getattr(task, name, default) for name, default in OPTIONS.items()}
-    _check_names(task)
+    return {name: getattr(task, name) for name in OPTIONS if hasattr(task, name)}
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Refuse names with the options' prefix that are none of them; ``where`` is what an error calls it."""
+    for name in names:
+        if name.startswith("lock_") and name not in OPTIONS:
+            raise LockMisuse(
+                f"{where}: there is no option {name!r}, and the prefix lock_ is reserved."
+                f"{did_you_mean(name, OPTIONS)}"
+            )
+
+
+def options_of(task: type[Any], stated: Mapping[str, Any]) -> TaskOptions:
+    """What was said about the lock of a task class; what cannot work is refused with ``LockMisuse``."""
+    given: dict[str, Any] = {**OPTIONS, **stated}
     if given["lock_key"] is not UNSET and given["lock_by"] is not UNSET:
         raise _wrong(task, "lock_key and lock_by both name the key: use one of them.")
     signature = _signature(task)
@@ -286,17 +301,6 @@ def _check_priority(given: Any) -> None:
         raise LockMisuse(
             f"lock_priority must be an int of 0 or more, not {given!r}: above 0 a task is critical."
         )
-
-
-def _check_names(task: type[Any]) -> None:
-    known = [*OPTIONS, *METHODS]
-    for name in dir(task):
-        if name.startswith("lock_") and name not in known:
-            raise _wrong(
-                task,
-                f"there is no option {name!r}, and the prefix lock_ is reserved."
-                f"{did_you_mean(name, OPTIONS)}",
-            )
 
 
 def _signature(task: type[Any]) -> inspect.Signature:

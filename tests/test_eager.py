@@ -224,7 +224,7 @@ class TestEager:
             signals.lock_released,
         ):
             signal.disconnect(note)
-        assert told == ["lock_acquired", "lock_released", "lock_conflict", "lock_skipped"]
+        assert told == ["lock_acquired", "lock_released", "lock_skipped", "lock_conflict"]
 
     def test_what_the_body_sets_on_its_request_stays(self):
         @app.task(shared=False, base=AdvisoryTask, bind=True, lock_key="k")

@@ -8,7 +8,7 @@ from celery import Task, current_task
 from celery.signals import after_task_publish, task_postrun, task_prerun, task_retry, worker_ready
 from django.dispatch import receiver
 
-from celery_pglock import Preempted, Skip, advisory
+from celery_pglock import Preempted, advisory
 from celery_pglock.backends import Stop
 from celery_pglock.signals import (
     backend_stopped,
@@ -67,8 +67,8 @@ def holds(sender: Task, lock: advisory, waited: float, **_: Any) -> None:
 
 
 @receiver(lock_conflict)
-def retries(sender: Task, lock: advisory, **_: Any) -> None:
-    if not isinstance(sender.lock_side_effect, Skip):
+def retries(sender: Task, lock: advisory, outcome: str, **_: Any) -> None:
+    if outcome == "retried":
         write_of("retries", sender, lock=lock.name, remark=in_the_way(lock))
 
 
