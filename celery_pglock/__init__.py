@@ -1,6 +1,7 @@
 """The front door of celery_pglock."""
 
 from celery_pglock.errors import LockError, LockLost, LockMisuse, LockNotAcquired, LockNotHeld, Preempted
+from celery_pglock.installations import install
 from celery_pglock.keys import advisory_id
 from celery_pglock.lock_sequences import ExclusiveLock, ShareLock
 from celery_pglock.locks import advisory
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "advisory",
     "advisory_id",
+    "install",
     "lock_for",
     "model",
     "prioritize",

@@ -9,9 +9,10 @@ class CeleryPglockConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from celery_pglock import checks, hooks, models, signals
+        from celery_pglock import checks, hooks, installations, models, signals
 
         hooks.connect()
         checks.register()
+        installations.heed_all_apps()
         signals.lock_skipped.connect(models.count_skip, dispatch_uid="celery_pglock.count_skip")
         signals.lock_lost.connect(models.count_loss, dispatch_uid="celery_pglock.count_loss")

@@ -26,6 +26,7 @@ class LockedTask(Task):  # type: ignore[type-arg] # generic in the stubs alone
     @classmethod
     def on_bound(cls, app: Any) -> None:
         super().on_bound(app)
+        cls.name = registered_name(cls, app)
         cls.take_locks()
 
     @classmethod
@@ -152,6 +153,12 @@ class XactAdvisoryTask(AdvisoryTask):
     """A task that runs in a transaction of its own, and holds a transaction-level lock until its end."""
 
     lock_xact: ClassVar[bool] = True
+
+
+def registered_name(task: type[Any], app: Any) -> str:
+    """The name of a task class, which may be that of its only object; empty if it has none."""
+    named = (one.name for one in app._tasks.values() if type(one) is task)
+    return str(task.name or next(named, ""))
 
 
 def lock_for(task: Any, /, *args: Any, **kwargs: Any) -> advisory:

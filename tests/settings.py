@@ -77,6 +77,19 @@ CELERY_WORKER_SEND_TASK_EVENTS = bool(os.environ.get("TASK_EVENTS"))
 
 CELERY_PGLOCK: dict[str, object] = json.loads(os.environ.get("PGLOCK_SETTINGS", "{}"))
 
+# A package of somebody else's, whose task is locked by what stands here alone.
+if os.environ.get("THIRD_PARTY"):
+    from celery_pglock import Skip
+
+    INSTALLED_APPS = [*INSTALLED_APPS, "djcelery_email"]
+    CELERY_EMAIL_BACKEND = "tests.mail.JournalBackend"
+    CELERY_EMAIL_TASK_CONFIG = {"ignore_result": False, "default_retry_delay": 0}
+    CELERY_TASK_ANNOTATIONS = {
+        "djcelery_email_send_multiple": {"lock_key": "mail", "lock_side_effect": Skip("skipped")},
+        "annotated": {"lock_key": "by annotation"},
+        "anotated": {"lock_key": "in vain"},
+    }
+
 if _every := os.environ.get("REPORT_EVERY"):
     from celery_pglock.schedules import beat_entries
 

@@ -1,0 +1,222 @@
+"""The rules by which tasks are locked whatever their base classes are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import cached_property
+from inspect import getattr_static
+from types import new_class
+from typing import Any, ClassVar, Final
+
+from celery._state import connect_on_app_finalize
+from celery.app import app_or_default
+from celery.app.annotations import prepare
+from celery.signals import worker_init
+from celery.utils.functional import firstmethod
+
+from celery_pglock.errors import LockMisuse, did_you_mean
+from celery_pglock.task_classes import LockedTask, registered_name
+from celery_pglock.task_options import OPTIONS, check_names
+
+logger = logging.getLogger(__name__)
+
+# Celery's tasks and ours, which only a pattern reaches that begins as their names do.
+RESERVED: Final = ("celery.", "celery_pglock.")
+
+FOR_ALL: Final = "*"
+
+# Of several annotations Celery heeds the first that has an answer.
+_specific: Any = firstmethod("annotate")  # type: ignore[arg-type] # the stubs take no name
+_for_all: Any = firstmethod("annotate_any")  # type: ignore[arg-type]
+
+
+def install(app: Any, rules: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Lock the tasks of an app whose names match: ``install(app, {"third.*": {"lock_by": ("pk",)}})``.
+
+    Patterns are those of ``fnmatch``; where several give one option to a task, the last one counts. Celery's
+    own tasks are reached by ``"celery.…"`` alone. Call it where the app is made. Without rules the app heeds
+    the lock options in ``task_annotations``, as every app does with ``"celery_pglock"`` in
+    ``INSTALLED_APPS``.
+    """
+    installation = heed(app)
+    for pattern, options in (rules or {}).items():
+        _check_rule(pattern, options)
+    installation.rules += (rules or {}).items()
+    installation.lock_those_bound_before()
+
+
+def heed(app: Any) -> Installation:
+    """From now on lock those tasks of the app to which its annotations or rules give lock options."""
+    installation = _installation_of(app)
+    if installation is None:
+        worker_init.connect(_tell_what_is_in_vain, dispatch_uid="celery_pglock.in_vain")
+        installation = Installation(app)
+        app.annotations = [installation]
+        installation.lock_those_bound_before()
+    return installation
+
+
+def heed_all_apps() -> None:
+    """Heed the current app at once, and any other when it is finalized."""
+    heed(app_or_default())
+    connect_on_app_finalize(heed)
+
+
+def in_vain(app: Any) -> list[str]:
+    """Of lock options for tasks that the app does not have, a sentence each."""
+    installation = _installation_of(app)
+    return [] if installation is None else [*installation.in_vain()]
+
+
+class InstalledTask(LockedTask):
+    """A task that takes its lock by rules, before any other base class."""
+
+    installation: ClassVar[Installation]
+
+    @classmethod
+    def stated_options(cls) -> Mapping[str, Any]:
+        stated = cls.installation.stated(cls)
+        check_names(stated, f"Task {cls.name}")
+        return stated
+
+
+class Installation:
+    """The rules of one app, which stand in the place of its annotations and bring these, too."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.rules: list[tuple[str, Mapping[str, Any]]] = []
+
+    def annotate(self, task: type[Any]) -> dict[str, Any]:
+        """What Celery is to set on a task class that it binds."""
+        given, stated = self._annotations_of(task), self.stated(task)
+        if issubclass(task, LockedTask):
+            return given | stated
+        if stated:
+            given = {name: value for name, value in given.items() if not _is_of_ours(name)}
+            given["on_bound"] = self._on_bound(task)
+        return given
+
+    def stated(self, task: type[Any]) -> dict[str, Any]:
+        """The lock options that annotations and rules give to a task class."""
+        options = {name: value for name, value in self._annotations_of(task).items() if _is_of_ours(name)}
+        name = registered_name(task, self.app)
+        for pattern, given in self.rules:
+            if _reaches(pattern, name):
+                options |= given
+        return options
+
+    def lock_those_bound_before(self) -> None:
+        """Lock the tasks that Celery will not ask about any more."""
+        for task in tuple(self.app._tasks.values()):
+            kind = type(task)
+            if not kind.__bound__ or not (stated := self.stated(kind)):
+                continue
+            if not issubclass(kind, LockedTask):
+                self._lock(task)
+                continue
+            if not issubclass(kind, InstalledTask):
+                for name, value in stated.items():
+                    setattr(kind, name, value)
+            kind.take_locks()
+
+    def in_vain(self) -> Iterator[str]:
+        """Of options for tasks that the app does not have, a sentence each."""
+        names = self.app.tasks.keys()
+        for pattern, _ in self.rules:
+            if not any(_reaches(pattern, name) for name in names):
+                yield f"The rule {pattern!r} of install() matches no task.{did_you_mean(pattern, names)}"
+        for by_name in self._annotations:
+            # Others are code that answers when it is asked.
+            for name, given in by_name.items() if isinstance(by_name, dict) else ():
+                if name not in (*names, FOR_ALL) and any(map(_is_of_ours, given)):
+                    guess = did_you_mean(name, names)
+                    yield f"task_annotations has lock options for {name!r}, which is no task.{guess}"
+
+    @cached_property
+    def _annotations(self) -> list[Any]:
+        return list(prepare(self.app.conf.task_annotations))
+
+    def _annotations_of(self, task: type[Any]) -> dict[str, Any]:
+        for_all = _for_all(self._annotations) or {}
+        if registered_name(task, self.app).startswith(RESERVED):
+            for_all = {name: value for name, value in for_all.items() if not _is_of_ours(name)}
+        return {**(_specific(self._annotations, task) or {}), **for_all}
+
+    def _on_bound(self, task: type[Any]) -> Any:
+        """What Celery calls when all annotations are set: the class's own, and then the lock."""
+        its_own = task.on_bound.__func__
+
+        def on_bound(cls: type[Any], app: Any) -> None:
+            its_own(cls, app)
+            # Classes that inherit it have rules of their own.
+            if cls is task:
+                for one in [one for one in self.app._tasks.values() if type(one) is cls]:
+                    self._lock(one)
+
+        return classmethod(on_bound)
+
+    def _lock(self, task: Any) -> None:
+        if task.__trace__ is not None:
+            raise LockMisuse(
+                f"Task {task.name} is in use by this worker already, without a lock: call install() where "
+                f"the app is made."
+            )
+        # Celery has no hook that could refuse to run a task. The object itself stays, because others have it.
+        task.__class__ = self._class_for(type(task))
+        type(task).take_locks()
+
+    def _class_for(self, task: type[Any]) -> type[Any]:
+        """The class with a lock around everything that the task's own class does."""
+
+        def fill(names: dict[str, Any]) -> None:
+            names.update(
+                __module__=task.__module__,
+                __qualname__=task.__qualname__,
+                __doc__=task.__doc__,
+                name=registered_name(task, self.app),
+                installation=self,
+            )
+            # What the task's own code calls by these names stays what it was.
+            names.update(
+                (name, getattr_static(task, name)) for name in ("lock", "lock_for") if hasattr(task, name)
+            )
+
+        return new_class(task.__name__, (InstalledTask, task), exec_body=fill)
+
+
+def _installation_of(app: Any) -> Installation | None:
+    # Where there are none, Celery has not yet asked for annotations.
+    found = vars(app).get("annotations", ())
+    return next((one for one in found if isinstance(one, Installation)), None)
+
+
+def _reaches(pattern: str, name: str) -> bool:
+    is_meant = all(pattern.startswith(prefix) for prefix in RESERVED if name.startswith(prefix))
+    return is_meant and fnmatchcase(name, pattern)
+
+
+def _is_of_ours(name: str) -> bool:
+    return name.startswith("lock_")
+
+
+def _check_rule(pattern: Any, options: Any) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise LockMisuse(f"install(): a rule is for the name of a task or a pattern, not for {pattern!r}.")
+    where = f"install(), rule {pattern!r}"
+    if not isinstance(options, Mapping) or not options:
+        raise LockMisuse(f'{where}: a dict of lock options such as {{"lock_timeout": 5}}, not {options!r}.')
+    for name in options:
+        if not _is_of_ours(str(name)):
+            raise LockMisuse(
+                f"{where}: {name!r} is no lock option (task_annotations takes others)."
+                f"{did_you_mean(str(name), OPTIONS)}"
+            )
+    check_names(options, where)
+
+
+def _tell_what_is_in_vain(sender: Any, **_: Any) -> None:
+    for sentence in in_vain(sender.app):
+        logger.warning("%s", sentence)

@@ -1,0 +1,345 @@
+"""Tasks that somebody else wrote are locked by rules and by annotations."""
+
+import pickle
+from functools import partial, wraps
+
+import pytest
+from celery import Celery, Task
+from django.db import connection
+
+from celery_pglock import (
+    AdvisoryTask,
+    LockMisuse,
+    LockNotAcquired,
+    Raise,
+    Skip,
+    advisory,
+    install,
+    lock_for,
+    signals,
+)
+from celery_pglock.installations import heed, in_vain
+from celery_pglock.task_classes import LockedTask
+from celery_pglock.tasks import report_locks
+from celery_pglock.testing import held_elsewhere
+from tests.celery_app import app as tests_app
+from tests.conftest import PATIENCE, running_worker, wait_until
+from tests.models import Entry, most_at_once
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture
+def app():
+    with Celery("installed", set_as_current=False, broker="memory://", backend="cache+memory://") as app:
+        # A shared task would become one of every other app of the tests.
+        app.task = partial(app.task, shared=False)
+        yield app
+
+
+def add(a, b=2):
+    return a + b
+
+
+class TestRules:
+    def test_a_rule_locks_the_tasks_that_it_matches_alone(self, app, rival):
+        install(app, {"third.*": {"lock_by": ("a",), "lock_side_effect": Skip("skipped")}})
+        third, other = app.task(name="third.add")(add), app.task(name="other.add")(add)
+        with held_elsewhere("third.add(a=1)"):
+            assert third.apply([1]).get() == "skipped"
+            assert third.apply([2]).get() == 4
+            assert other.apply([1]).get() == 3
+        assert third.apply(kwargs={"a": 1}).get() == 3
+        assert rival.sees_advisory_locks() == 0
+
+    def test_later_rules_add_and_override(self, app):
+        install(app, {"*": {"lock_timeout": 1, "lock_key": "any"}, "third.*": {"lock_timeout": 2}})
+        third, other = app.task(name="third.add")(add), app.task(name="other.add")(add)
+        assert third.lock_for(1) == advisory("any", timeout=2)
+        assert other.lock_for(1) == advisory("any", timeout=1)
+
+    def test_tasks_that_are_bound_already_are_locked_too(self, app):
+        early = app.task(name="third.add")(add)
+        before = early.apply([1])
+        assert before.get() == 3
+        install(app, {"third.*": {"lock_key": "k", "lock_side_effect": Raise()}})
+        with held_elsewhere("k"), pytest.raises(LockNotAcquired):
+            early.apply([1]).get()
+
+    @pytest.mark.parametrize("bound_before", [False, True])
+    def test_installed_twice_and_over_our_own_base_class_it_locks_once(self, app, rival, bound_before):
+        told = []
+
+        def note(lock, **_):
+            told.append((lock, rival.sees_advisory_locks()))
+
+        rules = {"third.*": {"lock_key": "k", "lock_timeout": 1}}
+        if not bound_before:
+            install(app, rules)
+            install(app, rules)
+        tasks = [
+            app.task(name="third.plain")(add),
+            app.task(name="third.ours", base=AdvisoryTask, lock_key="mine")(add),
+            app.task(name="third.annotated", base=AdvisoryTask)(add),
+        ]
+        assert all(task.name for task in tasks)
+        install(app, rules)
+        install(app, {"third.*": {"lock_timeout": 2}})
+        signals.lock_acquired.connect(note)
+        try:
+            for task in tasks:
+                assert task.apply([1]).get() == 3
+        finally:
+            signals.lock_acquired.disconnect(note)
+        assert told == 3 * [(advisory("k", timeout=2), 1)]
+
+    def test_over_a_wrapper_that_an_annotation_put_there_both_count(self, app, rival):
+        def twice(call):
+            return lambda *args, **kwargs: 2 * call(*args, **kwargs)
+
+        app.conf.task_annotations = {"third.add": {"@__call__": twice, "lock_key": "k", "rate_limit": "1/s"}}
+        install(app, {"third.*": {"lock_side_effect": Skip("skipped")}})
+        third = app.task(name="third.add")(add)
+        assert third.apply([1]).get() == 6
+        assert third.rate_limit == "1/s"
+        with held_elsewhere("k"):
+            assert third.apply([1]).get() == "skipped"
+
+    def test_what_the_tasks_class_calls_its_own_stays_what_it_was(self, app):
+        class Theirs(Task):
+            lock = "theirs"
+            lock_timeout = "theirs, too"
+
+            def __call__(self, *args, **kwargs):
+                return [type(self).__name__, super().__call__(*args, **kwargs)]
+
+        install(app, {"third.*": {"lock_key": "k"}})
+
+        @app.task(name="third.tells", base=Theirs, bind=True)
+        def tells(self):
+            return self.lock, self.lock_timeout, self.lock_for().is_held(), lock_for(self).name
+
+        assert tells.apply().get() == ["tells", ("theirs", "theirs, too", True, "k")]
+
+    def test_a_subclass_of_a_locked_class_has_rules_of_its_own(self, app):
+        class Parent(Task):
+            name = "third.parent"
+
+            def run(self):
+                return "parent"
+
+        class Child(Parent):
+            name = "other.child"
+
+        install(app, {"third.*": {"lock_key": "k", "lock_side_effect": Skip("skipped")}})
+        parent, child = app.register_task(Parent()), app.register_task(Child())
+        with held_elsewhere("k"):
+            assert parent.apply().get() == "skipped"
+            assert child.apply().get() == "parent"
+
+    @pytest.mark.parametrize("base", [Task, AdvisoryTask])
+    def test_a_class_that_is_named_by_being_registered_is_locked(self, app, base):
+        class Closing(base):
+            def run(self):
+                return "closed"
+
+        install(app, {"*.Closing": {"lock_side_effect": Skip("skipped")}})
+        closing = app.register_task(Closing())
+        with held_elsewhere("tests.test_installations.Closing"):
+            assert closing.apply().get() == "skipped"
+        assert closing.apply().get() == "closed"
+
+    def test_it_may_be_transaction_level_and_called_directly(self, app):
+        install(app, {"third.*": {"lock_xact": True, "lock_on_direct_call": True}})
+
+        @app.task(name="third.tells", bind=True)
+        def tells(self):
+            return str(self.lock), connection.in_atomic_block
+
+        assert tells.apply().get() == tells() == ("third.tells", True)
+
+    def test_a_decorated_function_keeps_its_decorator_and_its_signature(self, app):
+        @wraps(add)
+        def doubled(*args, **kwargs):
+            return 2 * add(*args, **kwargs)
+
+        install(app, {"third.*": {"lock_key": "{b}"}})
+        third = app.task(name="third.add")(doubled)
+        assert third.apply([1]).get() == 6
+        assert lock_for(third, 1) == advisory("2", timeout=0)
+
+    def test_a_locked_task_can_be_pickled(self, app):
+        install(tests_app, {"third.pickled": {"lock_key": "k"}})
+        try:
+            third = tests_app.task(name="third.pickled")(add)
+            assert pickle.loads(pickle.dumps(third)).lock_for(1).name == "k"
+        finally:
+            tests_app.tasks.pop("third.pickled")
+            heed(tests_app).rules.pop()
+
+    def test_celerys_own_tasks_are_reached_by_their_own_pattern_alone(self, app):
+        app.conf.task_annotations = {"*": {"lock_timeout": 1}}
+        install(app, {"*": {"lock_key": "k"}, "celery.chunks": {"lock_key": "chunks"}})
+        assert lock_for(app.tasks["celery.chunks"]).name == "chunks"
+        with pytest.raises(LockMisuse, match="celery.map is not locked"):
+            lock_for(app.tasks["celery.map"])
+        reports = app.tasks[report_locks.name]
+        assert lock_for(reports) == advisory("celery_pglock.report_locks(using=default)", timeout=0)
+
+
+class TestAnnotations:
+    def test_lock_options_in_annotations_lock_any_task(self, app):
+        app.conf.task_annotations = {"third.add": {"lock_by": ("a",), "lock_side_effect": Skip("skipped")}}
+        heed(app)
+        third = app.task(name="third.add")(add)
+        with held_elsewhere("third.add(a=1)"):
+            assert third.apply([1]).get() == "skipped"
+
+    def test_those_for_all_tasks_too(self, app):
+        app.conf.task_annotations = [{"*": {"lock_side_effect": Skip("skipped")}}]
+        heed(app)
+        third = app.task(name="third.add")(add)
+        with held_elsewhere("third.add"):
+            assert third.apply([1]).get() == "skipped"
+
+    def test_with_the_app_installed_an_app_that_is_finalized_heeds_them(self, app):
+        app.conf.task_annotations = {"third.add": {"lock_key": "k"}}
+        third = app.task(name="third.add")(add)
+        app.finalize()
+        assert third.lock_for(1).name == "k"
+
+    def test_annotations_without_lock_options_are_celerys_business(self, app):
+        app.conf.task_annotations = {"third.add": {"rate_limit": "1/s"}, "*": {"time_limit": 7}}
+        heed(app)
+        third = app.task(name="third.add")(add)
+        assert (third.rate_limit, third.time_limit) == ("1/s", 7)
+        assert not isinstance(third, LockedTask)
+
+
+class TestWhatCannotWork:
+    @pytest.mark.parametrize(
+        ("rules", "told"),
+        [
+            ({"third.*": {"lock_kye": "k"}}, "rule 'third.*': there is no option 'lock_kye'.*'lock_key'"),
+            ({"third.*": {"rate_limit": "1/s"}}, "'rate_limit' is no lock option .task_annotations takes"),
+            ({"third.*": {}}, "a dict of lock options"),
+            ({"third.*": Skip()}, "a dict of lock options"),
+            ({"": {"lock_key": "k"}}, "a rule is for the name of a task or a pattern, not for ''"),
+        ],
+    )
+    def test_a_rule_is_checked_when_it_is_installed(self, app, rules, told):
+        with pytest.raises(LockMisuse, match=told):
+            install(app, rules)
+        assert not heed(app).rules
+
+    def test_an_option_that_does_not_fit_the_task_is_refused_each_time(self, app):
+        install(app, {"third.*": {"lock_by": ("c",)}})
+        third = app.task(name="third.add")(add)
+        with pytest.raises(LockMisuse, match="Task third.add: lock_by names 'c'"):
+            third.apply([1])
+        with pytest.raises(LockMisuse, match="Task third.add: lock_by names 'c'"):
+            third.apply([1]).get()
+
+    def test_a_misspelt_annotation_is_refused(self, app):
+        app.conf.task_annotations = {"third.add": {"lock_kye": "k"}}
+        heed(app)
+        third = app.task(name="third.add")(add)
+        with pytest.raises(LockMisuse, match="Task third.add: there is no option 'lock_kye'.*'lock_key'"):
+            third.apply([1])
+
+    def test_a_task_that_runs_in_this_worker_already_is_not_locked_silently(self, app):
+        third = app.task(name="third.add")(add)
+        third.__trace__ = print
+        with pytest.raises(LockMisuse, match="call install.. where the app is made"):
+            install(app, {"third.*": {"lock_key": "k"}})
+
+    def test_what_matches_nothing_is_told(self, app):
+        app.conf.task_annotations = {"third.ad": {"lock_key": "k"}, "gone": {"rate_limit": "1/s"}}
+        install(app, {"third.*": {"lock_key": "k"}, "thrid.add": {"lock_shared": True}})
+        third = app.task(name="third.add")(add)
+        assert third.name
+        assert in_vain(app) == [
+            "The rule 'thrid.add' of install() matches no task. Did you mean 'third.add'?",
+            "task_annotations has lock options for 'third.ad', which is no task. Did you mean 'third.add'?",
+        ]
+
+
+@pytest.fixture(scope="module")
+def _worker_of_others(django_db_setup, django_db_blocker):
+    with (
+        django_db_blocker.unblock(),
+        running_worker("others", concurrency=3, TASKS="installed_tasks", THIRD_PARTY="yes") as worker,
+    ):
+        yield worker
+
+
+@pytest.fixture
+def others(_worker_of_others, transactional_db):
+    """Sends to a worker whose tasks somebody else wrote."""
+    worker = _worker_of_others
+
+    def send(name, *args, **kwargs):
+        return tests_app.send_task(name, args, kwargs, queue=worker.queue)
+
+    send.worker = worker
+    return send
+
+
+def an_email(subject, to="somebody@example.org"):
+    return {
+        "subject": subject,
+        "body": "",
+        "from_email": "shop@example.org",
+        "to": [to],
+        "attachments": [],
+    }
+
+
+class TestInAWorker:
+    def test_a_packages_task_is_locked_by_annotations_alone(self, others):
+        send = partial(others, "djcelery_email_send_multiple")
+        with held_elsewhere("mail"):
+            assert send([an_email("skipped")]).get(PATIENCE) == "skipped"
+        results = [send([an_email("several")]) for _ in range(6)]
+        answers = [result.get(PATIENCE) for result in results]
+        assert 1 in answers
+        assert "skipped" in answers
+        assert most_at_once("several") == 1
+        assert not Entry.objects.filter(key="skipped").exists()
+
+    def test_its_own_retry_is_sent_when_the_lock_is_free(self, others):
+        others("djcelery_email_send_multiple", [an_email("retried", "full@example.org")])
+        wait_until(lambda: Entry.objects.filter(key="retried", what="ends").count() == 2)
+        assert most_at_once("retried") == 1
+
+    def test_a_shared_task_with_a_decorator_is_locked_by_a_rule(self, others):
+        with held_elsewhere("third.by_account(account_id=7)"):
+            assert others("third.by_account", 7).get(PATIENCE) == "skipped"
+            assert others("third.by_account", account_id=8).get(PATIENCE) == "account 8"
+        assert others("third.by_account", 7, amount=1).get(PATIENCE) == "account 7"
+        assert Entry.objects.filter(key="noted").count() == 2
+
+    @pytest.mark.parametrize(
+        ("name", "result"),
+        [
+            ("third.accounting", "called: a lock of their own, as they call it"),
+            ("third.closing", "called: closed"),
+            ("celery.ping", "pong"),
+        ],
+    )
+    def test_a_task_with_another_base_class_is_locked_by_a_rule(self, others, name, result):
+        skipped = {"celery.ping": "no pong"}.get(name, "skipped")
+        with held_elsewhere({"celery.ping": "ping"}.get(name, name)):
+            assert others(name).get(PATIENCE) == skipped
+        assert others(name).get(PATIENCE) == result
+
+    def test_the_body_knows_its_lock(self, others):
+        assert others("annotated").get(PATIENCE) == "by annotation"
+
+    def test_other_tasks_are_left_alone(self, others):
+        assert others("tests.installed_tasks.untouched").get(PATIENCE) == "untouched"
+        assert "untouched] skipped" not in others.worker.log
+
+    def test_what_matches_no_task_is_told(self, others):
+        assert "The rule 'third.prty.*' of install() matches no task." in others.worker.log
+        assert "lock options for 'anotated', which is no task. Did you mean 'annotated'?" in others.worker.log
