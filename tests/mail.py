@@ -8,7 +8,7 @@ from tests.models import Entry
 
 
 class JournalBackend(BaseEmailBackend):
-    """Delivers into the journal, by the subject; at the first attempt it does not deliver to a full mailbox."""
+    """Delivers into the journal, by the subject; to a full mailbox not at the first attempt."""
 
     def send_messages(self, messages):
         for message in messages:

@@ -110,13 +110,19 @@ class TestRules:
             lock = "theirs"
             lock_timeout = "theirs, too"
 
+            @classmethod
+            def on_bound(cls, app):
+                cls.is_theirs = True
+
             def __call__(self, *args, **kwargs):
                 return [type(self).__name__, super().__call__(*args, **kwargs)]
 
+        app.conf.task_annotations = {"third.tells": {"lock_timeout": 1}}
         install(app, {"third.*": {"lock_key": "k"}})
 
         @app.task(name="third.tells", base=Theirs, bind=True)
         def tells(self):
+            assert self.is_theirs
             return self.lock, self.lock_timeout, self.lock_for().is_held(), lock_for(self).name
 
         assert tells.apply().get() == ["tells", ("theirs", "theirs, too", True, "k")]
@@ -172,7 +178,8 @@ class TestRules:
         install(tests_app, {"third.pickled": {"lock_key": "k"}})
         try:
             third = tests_app.task(name="third.pickled")(add)
-            assert pickle.loads(pickle.dumps(third)).lock_for(1).name == "k"
+            again = pickle.loads(pickle.dumps(third))  # noqa: S301 - it is our own
+            assert again.lock_for(1).name == "k"
         finally:
             tests_app.tasks.pop("third.pickled")
             heed(tests_app).rules.pop()
@@ -181,7 +188,7 @@ class TestRules:
         app.conf.task_annotations = {"*": {"lock_timeout": 1}}
         install(app, {"*": {"lock_key": "k"}, "celery.chunks": {"lock_key": "chunks"}})
         assert lock_for(app.tasks["celery.chunks"]).name == "chunks"
-        with pytest.raises(LockMisuse, match="celery.map is not locked"):
+        with pytest.raises(LockMisuse, match=r"celery.map is not locked"):
             lock_for(app.tasks["celery.map"])
         reports = app.tasks[report_locks.name]
         assert lock_for(reports) == advisory("celery_pglock.report_locks(using=default)", timeout=0)
@@ -235,22 +242,22 @@ class TestWhatCannotWork:
     def test_an_option_that_does_not_fit_the_task_is_refused_each_time(self, app):
         install(app, {"third.*": {"lock_by": ("c",)}})
         third = app.task(name="third.add")(add)
-        with pytest.raises(LockMisuse, match="Task third.add: lock_by names 'c'"):
+        with pytest.raises(LockMisuse, match=r"Task third.add: lock_by names 'c'"):
             third.apply([1])
-        with pytest.raises(LockMisuse, match="Task third.add: lock_by names 'c'"):
+        with pytest.raises(LockMisuse, match=r"Task third.add: lock_by names 'c'"):
             third.apply([1]).get()
 
     def test_a_misspelt_annotation_is_refused(self, app):
         app.conf.task_annotations = {"third.add": {"lock_kye": "k"}}
         heed(app)
         third = app.task(name="third.add")(add)
-        with pytest.raises(LockMisuse, match="Task third.add: there is no option 'lock_kye'.*'lock_key'"):
+        with pytest.raises(LockMisuse, match=r"Task third.add: there is no option 'lock_kye'.*'lock_key'"):
             third.apply([1])
 
     def test_a_task_that_runs_in_this_worker_already_is_not_locked_silently(self, app):
         third = app.task(name="third.add")(add)
         third.__trace__ = print
-        with pytest.raises(LockMisuse, match="call install.. where the app is made"):
+        with pytest.raises(LockMisuse, match=r"call install.. where the app is made"):
             install(app, {"third.*": {"lock_key": "k"}})
 
     def test_what_matches_nothing_is_told(self, app):
