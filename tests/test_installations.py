@@ -4,7 +4,7 @@ import pickle
 from functools import partial, wraps
 
 import pytest
-from celery import Celery, Task
+from celery import Celery, Task, chord, states
 from django.db import connection
 
 from celery_pglock import (
@@ -350,3 +350,16 @@ class TestInAWorker:
     def test_what_matches_no_task_is_told(self, others):
         assert "The rule 'third.prty.*' of install() matches no task." in others.worker.log
         assert "lock options for 'anotated', which is no task. Did you mean 'annotated'?" in others.worker.log
+
+    def test_all_tasks_of_a_project_are_locked_by_the_apps_class_but_celerys_own(self, transactional_db):
+        with running_worker(
+            "whole", TASK_CLS="celery_pglock:AdvisoryTask", TASKS="installed_tasks"
+        ) as worker:
+            untouched = tests_app.signature("tests.installed_tasks.untouched", queue=worker.queue)
+            with held_elsewhere("tests.installed_tasks.untouched"):
+                result = untouched.delay()
+                wait_until(lambda: result.state == states.RETRY)
+            assert result.get(PATIENCE) == "untouched"
+            with held_elsewhere("celery.group", "celery.chord", "celery.accumulate"):
+                gather = tests_app.signature("celery.accumulate", queue=worker.queue)
+                assert chord([untouched, untouched], gather).delay().get(PATIENCE) == [2 * ["untouched"]]
