@@ -510,6 +510,7 @@ def test_a_long_queue_takes_a_line_for_each_and_not_for_each_way_to_it():
     assert max(map(len, lines)) < 120
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("order", [1, -1])
 def test_whoever_is_late_in_a_long_queue_is_told_everybody_before_him_once(order):
     queue = [wait(waiter, blocker) for waiter in range(2, 602) for blocker in range(1, waiter)]

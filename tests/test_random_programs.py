@@ -920,5 +920,6 @@ def judge(transactional_db):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(programs)
+@pytest.mark.long
 def test_random_programs_leave_no_lock_no_setting_and_no_error_hidden(rival, judge, pooled, program):
     Run(rival, judge).whole(program)

@@ -369,6 +369,7 @@ def replayed(standby):
         return replica.execute("SELECT max(number) FROM celery_pglock_keystate").fetchone()[0]
 
 
+@pytest.mark.long
 def test_tokens_rise_over_crashes_and_failovers_that_forget_some(breaking):
     def next_token():
         hold = strict("k", using="breaking").take()

@@ -49,6 +49,7 @@ pytestmark = pytest.mark.usefixtures("worker")
 
 
 class TestNeverTwoHolders:
+    @pytest.mark.long
     def test_2000_tasks_over_20_keys_in_8_processes(self, rival):
         choose = random.Random(7)
         tasks = {skips: 400, raises: 300, waits: 500, retries: 400, at_most_three: 400}

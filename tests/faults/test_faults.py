@@ -31,12 +31,14 @@ def soak(mode, seconds, seed):
         process.wait()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["strict", "default"])
 def test_under_fault_nothing_overlaps_and_nothing_is_lost(mode):
     code, said = soak(mode, seconds=12, seed=3)
     assert code == 0, said
 
 
+@pytest.mark.long
 def test_a_lock_that_is_trusted_blindly_is_found_out():
     code, said = soak("naive", seconds=60, seed=3)
     assert code == 0, said
