@@ -16,6 +16,7 @@ from celery.app.annotations import prepare
 from celery.signals import worker_init
 from celery.utils.functional import firstmethod
 
+from celery_pglock import hooks
 from celery_pglock.errors import LockMisuse, did_you_mean
 from celery_pglock.task_classes import LockedTask, registered_name
 from celery_pglock.task_options import OPTIONS, check_names
@@ -51,6 +52,7 @@ def heed(app: Any) -> Installation:
     """From now on lock those tasks of the app to which its annotations or rules give lock options."""
     installation = _installation_of(app)
     if installation is None:
+        hooks.connect()
         worker_init.connect(_tell_what_is_in_vain, dispatch_uid="celery_pglock.in_vain")
         installation = Installation(app)
         app.annotations = [installation]
