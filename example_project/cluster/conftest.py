@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 
 import dj_database_url
 import django
@@ -27,7 +28,8 @@ django.setup()
 
 def docker_answers() -> bool:
     try:
-        return bool(docker.from_env(timeout=5).ping())
+        with closing(docker.from_env(timeout=5)) as client:
+            return bool(client.ping())
     except DockerException:
         return False
 

@@ -17,10 +17,10 @@ import pytest
 from pytest_celery import (
     CeleryBackendCluster,
     CeleryBrokerCluster,
-    CeleryTestBackend,
-    CeleryTestBroker,
     CeleryTestWorker,
     CeleryWorkerCluster,
+    RedisTestBackend,
+    RedisTestBroker,
 )
 
 from example_project import servers
@@ -80,6 +80,8 @@ class Process:
     def teardown(self) -> None:
         # As containers are removed: nobody waits for their end.
         self._kill_all()
+        # pytest shows it where the test has failed.
+        print(f"{self.name}:\n{self.logs()}")
 
     def _start(self) -> None:
         self.starts_at = len(self.logs())
@@ -165,7 +167,7 @@ def database() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def celery_broker_cluster(tmp_path: Path) -> Iterator[CeleryBrokerCluster]:
-    node = CeleryTestBroker(RedisProcess("broker", tmp_path))
+    node = RedisTestBroker(RedisProcess("broker", tmp_path))
     try:
         node.ready()
         yield CeleryBrokerCluster(node)
@@ -175,7 +177,7 @@ def celery_broker_cluster(tmp_path: Path) -> Iterator[CeleryBrokerCluster]:
 
 @pytest.fixture
 def celery_backend_cluster(tmp_path: Path) -> Iterator[CeleryBackendCluster]:
-    node = CeleryTestBackend(RedisProcess("backend", tmp_path))
+    node = RedisTestBackend(RedisProcess("backend", tmp_path))
     try:
         node.ready()
         yield CeleryBackendCluster(node)
