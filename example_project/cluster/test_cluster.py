@@ -120,7 +120,7 @@ def test_a_killed_worker_frees_its_lock_and_the_other_one_runs_its_task(
         killed, survivor = (north, south) if holder.worker == north.hostname() else (south, north)
         wait_until(lambda: work_on(supplier) == [("starts", killed.worker_name)])
         killed.kill()
-        wait_until(lambda: holder not in lock.holders(), seconds=AT_ONCE)
+        wait_until(lambda: holder.pid not in {one.pid for one in lock.holders()}, seconds=AT_ONCE)
     assert result.get(timeout=PATIENCE) == "imported"
     assert work_on(supplier)[1:] == [("starts", survivor.worker_name), ("ends", survivor.worker_name)]
 
