@@ -2,8 +2,8 @@
 
 from example_project.settings import *  # noqa: F403
 
-# What a killed worker was at is delivered again after four seconds, rather than an hour. This needs kombu 5.7,
-# as older ones only look every 100 s.
+# What a killed worker was at is delivered again after four seconds, rather than an hour. Kombu before
+# 5.7 only looks every 100 s.
 CELERY_TASK_ACKS_LATE = True
 CELERY_BROKER_TRANSPORT_OPTIONS = {
     "visibility_timeout": 4,
