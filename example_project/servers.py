@@ -90,14 +90,13 @@ def serving(
 @contextlib.contextmanager
 def broker(folder: Path) -> Iterator[str]:
     """An empty Redis, or a folder for Celery's filesystem transport; gives its URL."""
-    program = _redis_server()
-    if program is None:
+    port = free_port()
+    command = redis_command(port, folder)
+    if command is None:
         messages = folder / "messages"
         messages.mkdir()
         yield f"filesystem://{messages}"
         return
-    port = free_port()
-    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
 
     def answers() -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as connection:
@@ -161,6 +160,14 @@ def own_folder(folder: Path, user: pwd.struct_passwd | None) -> None:
 def as_user(user: pwd.struct_passwd | None) -> dict[str, Any]:
     """What ``subprocess`` takes to run something as this user."""
     return {"user": user.pw_uid, "group": user.pw_gid} if user else {}
+
+
+def redis_command(port: int, folder: Path) -> list[str] | None:
+    """What starts an empty Redis; ``None`` where there is no Redis to start."""
+    program = _redis_server()
+    if program is None:
+        return None
+    return [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
 
 
 def _redis_server() -> str | None:

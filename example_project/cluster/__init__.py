@@ -1,0 +1,1 @@
+"""Tests of the shop's tasks on clusters of real workers, by pytest-celery."""
