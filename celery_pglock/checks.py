@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
 from celery import current_app
+from django.apps import apps
 from django.core import checks
-from django.db import DatabaseError
 
-from celery_pglock import config, obstructions
+from celery_pglock import config, server_checks, task_checks
 from celery_pglock.errors import LockMisuse
-from celery_pglock.raw_connections import OnStandby, check_vendor
-from celery_pglock.sessions import check_alias
-from celery_pglock.task_options import TaskOptions, session_level_aliases, task_side_effect
+from celery_pglock.findings import error
+from celery_pglock.raw_connections import check_vendor
+from celery_pglock.task_options import Locked, task_side_effect
 
 _binding_all_tasks = ContextVar("_binding_all_tasks", default=False)
 
 
 def register() -> None:
-    """Register the checks with Django; doing it again changes nothing."""
+    """Register the checks with Django; doing it again changes nothing.
+
+    A project without the app in ``INSTALLED_APPS`` may do so in its own ``AppConfig.ready()``.
+    """
     checks.register(settings_can_work)
     checks.register(tasks_can_work)
     checks.register(locks_exclude, checks.Tags.database)
@@ -34,74 +37,51 @@ def settings_can_work(**_: Any) -> list[checks.CheckMessage]:
         check_vendor(settings.USING)
         if settings.SIDE_EFFECT is not None:
             task_side_effect(settings.SIDE_EFFECT, "CELERY_PGLOCK['SIDE_EFFECT']")
-        obstructions.check_victims()
+        if apps.is_installed("celery_pglock"):
+            # Its models can be imported only with the app.
+            from celery_pglock import obstructions
+
+            obstructions.check_victims()
     except LockMisuse as misuse:
-        return [checks.Error(str(misuse), obj="CELERY_PGLOCK", id="celery_pglock.E001")]
+        return [
+            error(
+                "E001",
+                str(misuse),
+                hint="Workers do not start before CELERY_PGLOCK in the settings of Django can be used.",
+                obj="CELERY_PGLOCK",
+            )
+        ]
     return []
 
 
 def tasks_can_work(**_: Any) -> list[checks.CheckMessage]:
-    """``celery_pglock.E002``: a task's lock options cannot be used; ``W002``: or may not do what is meant.
+    """``celery_pglock.E002``: a task's lock options cannot be used; others: they may not do what is meant.
 
     Checking binds all tasks.
     """
     # Celery's Django fixup runs all checks whenever the task modules are imported, as is done here. A worker
-    # that starts binds its tasks itself: an error that is caught here would leave its app half finalized.
+    # that starts binds its tasks itself, and refuses at once.
     if _binding_all_tasks.get() or current_app.loader.worker_initialized:
         return []
+    locked, refused = _bound()
+    # Tasks cannot be held against settings that cannot be used, of which settings_can_work() tells.
+    return refused if settings_can_work() else [*refused, *task_checks.findings(current_app, locked)]
+
+
+def _bound() -> tuple[list[Locked], list[checks.CheckMessage]]:
     token = _binding_all_tasks.set(True)
     try:
-        current_app.loader.import_default_modules()
-        current_app.finalize(auto=True)
-        for task in current_app.tasks.values():
-            task.app  # noqa: B018 - reading it binds the task
-        return [*_critical_tasks_that_do_not_wait()]
-    except LockMisuse as misuse:
-        return [checks.Error(str(misuse), id="celery_pglock.E002")]
+        return task_checks.bind_all(current_app)
     finally:
         _binding_all_tasks.reset(token)
 
 
-def _critical_tasks_that_do_not_wait() -> Iterator[checks.CheckMessage]:
-    for task in current_app.tasks.values():
-        options = getattr(task, "_lock_options", None)
-        if isinstance(options, TaskOptions) and options.priority and not options.can_wait():
-            yield checks.Warning(
-                f"Task {task.name} is critical (lock_priority={options.priority}), but it does not wait in "
-                f"PostgreSQL for its own lock (lock_timeout=0): nobody is stopped for holding its key.",
-                hint=(
-                    "Set lock_timeout to more than min_wait of prioritize_critical_tasks and the seconds "
-                    "between two of its runs; or silence this, if only what its body waits for matters."
-                ),
-                obj=task.name,
-                id="celery_pglock.W002",
-            )
-
-
 def locks_exclude(databases: Sequence[str] | None = None, **_: Any) -> list[checks.CheckMessage]:
-    """``celery_pglock.E003``: session-level locks of tasks, through this alias, would not exclude.
+    """``celery_pglock.E003``: session-level locks of tasks, through these aliases, would not exclude.
 
-    Connects, so only for ``manage.py check --database`` and ``migrate``.
+    And what else their servers tell. Connects, so only for ``manage.py check --database`` and ``migrate``.
     """
-    if not databases:
+    if not databases or settings_can_work():
         return []
-    try:
-        current_app.loader.import_default_modules()
-        aliases = session_level_aliases(current_app).keys() & set(databases)
-    except LockMisuse:
-        # tasks_can_work() tells.
-        return []
-    return [message for alias in sorted(aliases) for message in _exclusion(alias)]
-
-
-def _exclusion(alias: str) -> list[checks.CheckMessage]:
-    where = f"DATABASES[{alias!r}]"
-    try:
-        # Not whether strict locks have their table: `migrate`, which makes it, checks first.
-        check_alias(alias, strict=False)
-    except (LockMisuse, OnStandby) as error:
-        return [checks.Error(str(error), obj=where, id="celery_pglock.E003")]
-    except DatabaseError as error:
-        message = f"Could not check whether locks through it exclude: {str(error).strip()}"
-        return [checks.Warning(message, obj=where, id="celery_pglock.W001")]
-    return []
+    locked = _bound()[0]
+    return [found for alias in databases for found in server_checks.findings(current_app, locked, alias)]

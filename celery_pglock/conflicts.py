@@ -8,13 +8,14 @@ from typing import Any
 
 from celery import states
 from celery.app.task import Context
-from celery.exceptions import Ignore, SoftTimeLimitExceeded, TaskRevokedError
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded, TaskRevokedError
 from celery.exceptions import Retry as RetryLater
 
 from celery_pglock import labels, signals
+from celery_pglock.brokers import visibility_timeout
 from celery_pglock.errors import Preempted
 from celery_pglock.held_back import publish
-from celery_pglock.side_effects import Conflict, Retry
+from celery_pglock.side_effects import Conflict, Retry, SideEffect
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +27,15 @@ OUTAGES = "pglock_outages"
 PREEMPTED = "pglock_preempted"
 HEADERS = (CONFLICTS, FIRST_CONFLICT, COPY, OUTAGES, PREEMPTED)
 
-# How long kombu's transports keep a message from other workers, where nothing else is set: after that
-# they deliver it again.
-VISIBILITY_TIMEOUTS = {"redis": 3600.0, "sqs": 1800.0}
+# How Celery ends a task that was replaced: in its place another goes on.
+REPLACED = "Replaced by new task"
 
 COMES_BACK = Retry(countdown=5)
 AFTER_OUTAGE = Retry(countdown=1, maximum=30)
 # The critical task may have the lock by now. Whoever had it before has its turn again, and is not skipped.
 AFTER_PREEMPTION = Retry(countdown=1, maximum=30)
+
+_warned: set[str] = set()
 
 
 def without_our_headers(headers: dict[str, Any] | None) -> dict[str, Any]:
@@ -56,7 +58,17 @@ class TaskConflict(Conflict):
         cut = labels.task_id_of(labels.application_name(labels.LOCK_SESSION, self.request.id))
         return any(holder.task_id in (self.request.id, cut) for holder in self.holders)
 
+    def settled_by(self, effect: SideEffect) -> Any:
+        """What the side effect makes of it."""
+        try:
+            return effect.on_conflict(self)
+        except (Ignore, Reject) as ended:
+            self._tell_who_hangs(ended)
+            raise
+
     def skip(self, result: Any = None, *, chain: str = "continue") -> Any:
+        if result is None and self.has_message and self.request.chord:
+            self._warn_of_none()
         holders = ", ".join(map(str, self.holders)) or "somebody who has gone by now"
         logger.info(
             "Task %s[%s] skipped: lock %r is held by %s", self.task.name, self.request.id, self.key, holders
@@ -116,6 +128,31 @@ class TaskConflict(Conflict):
         )
         raise _retry_later(preempted, countdown, sig=again)
 
+    def _warn_of_none(self) -> None:
+        if self.task.name not in _warned:
+            _warned.add(self.task.name)
+            logger.warning(
+                "Task %s[%s] hands None to the body of its chord, because it was skipped. Say by "
+                "Skip(result=...) what the body can use, or let the task come back by Retry(). This is told "
+                "once of each task.",
+                self.task.name,
+                self.request.id,
+            )
+
+    def _tell_who_hangs(self, ended: Ignore | Reject) -> None:
+        comes_again = getattr(ended, "requeue", False) or REPLACED in ended.args
+        hangs = "chord" if self.request.chord else "chain" if self.request.chain else ""
+        if hangs and self.has_message and not comes_again:
+            logger.error(
+                "Task %s[%s] was ended by %s, raised by its side effect: it gets no result, and the rest of "
+                "its %s never runs. Return conflict.skip(...) or conflict.retry(...) instead, or raise "
+                "conflict.error().",
+                self.task.name,
+                self.request.id,
+                type(ended).__name__,
+                hangs,
+            )
+
     def _counted(self) -> dict[str, Any]:
         return {CONFLICTS: self.attempt, FIRST_CONFLICT: self.first_attempt, OUTAGES: 0}
 
@@ -154,11 +191,9 @@ def _retry_later(error: Exception, countdown: float, **details: Any) -> RetryLat
 
 
 def _longest_countdown(app: Any) -> float:
-    with app.connection_for_write() as connection:
-        transport = connection.transport.driver_type
-    options = app.conf.broker_transport_options or {}
-    timeout = options.get("visibility_timeout") or VISIBILITY_TIMEOUTS.get(transport, float("inf"))
-    return float(timeout) / 4
+    # Whoever states one means it, also where it is not known whether the transport has one.
+    timeout = (app.conf.broker_transport_options or {}).get("visibility_timeout") or visibility_timeout(app)
+    return float(timeout or "inf") / 4
 
 
 def _revoke(backend: Any, chain: list[dict[str, Any]], reason: str) -> None:

@@ -170,7 +170,7 @@ def _without_the_body(this: Run, options: TaskOptions, why: TaskConflict | Outag
         if why.is_with_itself:
             outcome = "redelivered"
             return why.come_back()
-        result = (AFTER_PREEMPTION if this.was_preempted else options.effect()).on_conflict(why)
+        result = why.settled_by(AFTER_PREEMPTION if this.was_preempted else options.effect())
         outcome = "skipped"
         return result
     except RetryLater:

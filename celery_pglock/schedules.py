@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from celery_pglock.config import check_alias
@@ -34,6 +35,17 @@ def beat_entries(
         for name, interval in intervals.items()
         if interval is not None
     }
+
+
+def entries_of_ours(app: Any) -> list[tuple[str, str, str | None]]:
+    """Of the app's entries for tasks of ours: the name, the task's name, and the alias if one is given."""
+    found = []
+    for name, entry in (app.conf.beat_schedule or {}).items():
+        # An entry may be written as a dict or made as a ScheduleEntry.
+        given = entry if isinstance(entry, Mapping) else vars(entry)
+        if str(given.get("task")).startswith("celery_pglock."):
+            found.append((name, given["task"], (given.get("kwargs") or {}).get("using")))
+    return found
 
 
 def _entry(name: str, interval: Duration, queue: str | None, using: str | None) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from celery_pglock.holders import Holder
 
 logger = logging.getLogger(__name__)
 
+# Of a delay, how much is left at least.
+LEAST_JITTER = 0.5
+
 
 @dataclass(frozen=True)
 class Conflict:
@@ -148,7 +151,13 @@ class Retry(SideEffect):
             delay = min(longest, first * float(self.backoff) ** (attempt - 1))
         except OverflowError:
             delay = longest
-        return delay * random.uniform(0.5, 1) if self.jitter else delay
+        return delay * random.uniform(LEAST_JITTER, 1) if self.jitter else delay
+
+    def can_retry(self) -> bool:
+        """Whether its deadline leaves time for a first retry, even with the luckiest jitter."""
+        deadline = seconds(self.deadline, "deadline")
+        first = min(seconds(self.countdown, "countdown") or 0.0, seconds(self.maximum, "maximum") or 0.0)
+        return deadline is None or first * (LEAST_JITTER if self.jitter else 1) <= deadline
 
     def on_conflict(self, conflict: Conflict) -> Any:
         delay = self.delay(conflict.attempt)

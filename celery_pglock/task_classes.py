@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from celery import Task
@@ -15,6 +17,18 @@ from celery_pglock.errors import LockMisuse, LockNotAcquired
 from celery_pglock.held_locks import HeldLock, lock_of
 from celery_pglock.locks import advisory
 from celery_pglock.task_options import TaskOptions, options_of, options_on, states_an_option
+
+_is_refused_later = ContextVar("_is_refused_later", default=False)
+
+
+@contextmanager
+def refusing_later() -> Iterator[None]:
+    """Tasks are bound whose options cannot work: ``lock_options()`` refuses them, and so does each call."""
+    token = _is_refused_later.set(True)
+    try:
+        yield
+    finally:
+        _is_refused_later.reset(token)
 
 
 class LockedTask(Task):  # type: ignore[type-arg] # generic in the stubs alone
@@ -39,7 +53,9 @@ class LockedTask(Task):  # type: ignore[type-arg] # generic in the stubs alone
         # An expected outcome: logged in a line, without a traceback.
         throws = cls.throws if isinstance(cls.throws, tuple) else (cls.throws,)
         cls.throws = (*(error for error in throws if error is not LockNotAcquired), LockNotAcquired)
-        cls.lock_options()
+        # Celery leaves its app half finalized behind an error from here.
+        with suppress(LockMisuse) if _is_refused_later.get() else nullcontext():
+            cls.lock_options()
 
     @classmethod
     def lock_options(cls) -> TaskOptions | None:

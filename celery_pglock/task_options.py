@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from string import Formatter
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from django.conf import settings as django_settings
 
@@ -81,9 +81,24 @@ class TaskOptions:
         """What happens when the lock's session is lost during the body."""
         return str(current().ON_LOST if self.on_lost is UNSET else self.on_lost)
 
-    def can_wait(self) -> bool:
-        """Whether the task waits in place for its lock."""
-        return seconds(current().TIMEOUT if self.timeout is UNSET else self.timeout, "lock_timeout") != 0
+    def wait(self) -> float | None:
+        """Seconds that the task waits in place for its lock; ``None`` for ever."""
+        return seconds(current().TIMEOUT if self.timeout is UNSET else self.timeout, "lock_timeout")
+
+    def check_settings(self, limits: Mapping[str, float]) -> None:
+        """Refuse what cannot work with the project's settings as they are now.
+
+        ``limits`` are the time limits in force, in seconds by their names.
+        """
+        if self.is_strict() and (self.shared or (not callable(self.limit) and self.limit > 1)):
+            raise _not_strict(self.task_name)
+        name = "CELERY_PGLOCK['TIMEOUT']" if self.timeout is UNSET else "lock_timeout"
+        try:
+            _check_wait(self.wait(), name, limits)
+            if self.is_strict():
+                _check_delay(current().lease, limits)
+        except LockMisuse as misuse:
+            raise _wrong(self.task_name, str(misuse)) from None
 
     def effect(self) -> SideEffect:
         """What the task does when its lock is taken."""
@@ -190,7 +205,7 @@ def options_of(task: type[Any], stated: Mapping[str, Any]) -> TaskOptions:
     """What was said about the lock of a task class; what cannot work is refused with ``LockMisuse``."""
     given: dict[str, Any] = {**OPTIONS, **stated}
     if given["lock_key"] is not UNSET and given["lock_by"] is not UNSET:
-        raise _wrong(task, "lock_key and lock_by both name the key: use one of them.")
+        raise _wrong(task.name, "lock_key and lock_by both name the key: use one of them.")
     signature = _signature(task)
     key, by = _key(task, given, signature), _by(task, given, signature)
     limit = given["lock_limit"]
@@ -208,24 +223,25 @@ def options_of(task: type[Any], stated: Mapping[str, Any]) -> TaskOptions:
         if given["lock_using"] is not UNSET:
             check_alias(given["lock_using"], "lock_using")
         if given["lock_timeout"] is not UNSET:
-            _check_wait(task, seconds(given["lock_timeout"], "lock_timeout"))
+            wait = seconds(given["lock_timeout"], "lock_timeout")
+            _check_wait(wait, "lock_timeout", time_limits(task))
         if given["lock_side_effect"] is not UNSET:
             task_side_effect(given["lock_side_effect"], "lock_side_effect")
     except LockMisuse as misuse:
-        raise _wrong(task, str(misuse)) from None
+        raise _wrong(task.name, str(misuse)) from None
     if given["lock_shared"] and limit != 1:
-        raise _wrong(task, "shared holders are not counted: use lock_shared or lock_limit, not both.")
+        raise _wrong(task.name, "shared holders are not counted: use lock_shared or lock_limit, not both.")
     if given["lock_strict"] is True and (given["lock_shared"] or limit != 1):
         raise _not_strict(task.name)
     if given["lock_strict"] is True and django_settings.configured:
         try:
-            _check_delay(task, current().lease)
+            _check_delay(current().lease, time_limits(task))
         except LockMisuse as misuse:
-            raise _wrong(task, str(misuse)) from None
+            raise _wrong(task.name, str(misuse)) from None
     for name in ("lock_on_lost", "lock_strict"):
         if given["lock_xact"] and given[name] not in (UNSET, False):
             raise _wrong(
-                task,
+                task.name,
                 f"{name} is for session-level locks, and with lock_xact the work is rolled back with the "
                 f"lock: remove one of them.",
             )
@@ -247,25 +263,35 @@ def options_of(task: type[Any], stated: Mapping[str, Any]) -> TaskOptions:
     )
 
 
+Locked: TypeAlias = tuple[Any, TaskOptions]
+"""A task that takes locks, with its options."""
+
+
 def session_level_aliases(app: Any) -> dict[str, bool]:
     """The aliases whose servers keep session-level locks of the app's tasks, and whether strict ones.
 
-    Binds all its tasks.
+    Binds all its tasks; ``LockMisuse`` for one that cannot be.
     """
-    if not current().ENABLED:
-        return {}
     app.finalize(auto=True)
-    # Reading a task's app binds the task. Ours are there in every project, and may never run.
-    options = [
-        getattr(task, "_lock_options", None)
-        for task in app.tasks.values()
-        if task.app and not task.name.startswith("celery_pglock.")
-    ]
+    # Reading a task's app binds the task. One that could not be bound before is refused here.
+    tasks = [task for task in app.tasks.values() if task.app and hasattr(task, "_lock_options")]
+    found = [(task.name, task.lock_options()) for task in tasks]
+    return aliases_of(options for name, options in found if options is not None and not is_ours(name))
+
+
+def aliases_of(options: Iterable[TaskOptions]) -> dict[str, bool]:
+    """The aliases of those that are session-level, and whether any is strict."""
     strict_by_alias: dict[str, bool] = {}
-    for one in options:
-        if isinstance(one, TaskOptions) and not one.xact:
-            strict_by_alias[one.alias()] = strict_by_alias.get(one.alias(), False) or one.is_strict()
+    if current().ENABLED:
+        for one in options:
+            if not one.xact:
+                strict_by_alias[one.alias()] = strict_by_alias.get(one.alias(), False) or one.is_strict()
     return strict_by_alias
+
+
+def is_ours(task_name: str) -> bool:
+    """Whether the task is there in every project, and may never run."""
+    return task_name.startswith("celery_pglock.")
 
 
 def states_an_option(task: type[Any]) -> bool:
@@ -273,11 +299,29 @@ def states_an_option(task: type[Any]) -> bool:
     return any(name in vars(task) for name in OPTIONS)
 
 
-def _check_delay(task: type[Any], lease: float) -> None:
+def time_limits(task: Any) -> dict[str, float]:
+    """The time limits in force for a task that is bound, in seconds by their names: its own, or its app's.
+
+    A worker may have been started with others for tasks that have none of their own.
+    """
+    conf = task.app.conf
+    limits = {
+        name: getattr(task, name, None) or conf[f"task_{name}"] for name in ("soft_time_limit", "time_limit")
+    }
+    return {name: limit for name, limit in limits.items() if limit}
+
+
+def time_limit_of_its_own(task: Any) -> float:
+    """The time limit that was stated for this task, in seconds; 0 if none was."""
+    # Celery 5.7 gives each task those of its app.
+    limit: float | None = task.time_limit
+    return 0 if limit is None or limit == task.app.conf.task_time_limit else limit
+
+
+def _check_delay(lease: float, limits: Mapping[str, float]) -> None:
     delay = LOCK_DELAY * lease
-    for name in ("soft_time_limit", "time_limit"):
-        limit = getattr(task, name, None)
-        if limit is not None and limit <= delay:
+    for name, limit in limits.items():
+        if limit <= delay:
             raise LockMisuse(
                 f"after a holder that did not leave in order a strict lock is delayed by {delay:g} s (of "
                 f"CELERY_PGLOCK['LEASE']), which leaves nothing of {name} ({limit:g} s): each run would end "
@@ -292,8 +336,8 @@ def _not_strict(task_name: str) -> LockMisuse:
     )
 
 
-def _wrong(task: type[Any], why: str) -> LockMisuse:
-    return LockMisuse(f"Task {task.name}: {why}")
+def _wrong(task_name: str, why: str) -> LockMisuse:
+    return LockMisuse(f"Task {task_name}: {why}")
 
 
 def _check_priority(given: Any) -> None:
@@ -324,7 +368,7 @@ def _key(task: type[Any], given: Mapping[str, Any], signature: inspect.Signature
         return key
     keys = _several(key)
     if not keys:
-        raise _wrong(task, "lock_key is empty; name at least one key.")
+        raise _wrong(task.name, "lock_key is empty; name at least one key.")
     for one in keys:
         try:
             fields = _fields(one)
@@ -332,11 +376,13 @@ def _key(task: type[Any], given: Mapping[str, Any], signature: inspect.Signature
             if not fields:
                 advisory(one.format() if isinstance(one, str) else one)
         except ValueError as error:
-            raise _wrong(task, f"lock_key {one!r} cannot be used: {error}") from None
+            raise _wrong(task.name, f"lock_key {one!r} cannot be used: {error}") from None
         for name in fields:
             if not _accepts(signature, name):
                 hint = did_you_mean(name, signature.parameters)
-                raise _wrong(task, f"lock_key {one!r} uses {name!r}, which is not an argument of it.{hint}")
+                raise _wrong(
+                    task.name, f"lock_key {one!r} uses {name!r}, which is not an argument of it.{hint}"
+                )
     return keys
 
 
@@ -351,13 +397,13 @@ def _by(
         return everything
     if isinstance(by, str) or not isinstance(by, list | tuple) or not by:
         raise _wrong(
-            task,
+            task.name,
             f'lock_by is a tuple of parameter names such as ("account_id",), or ALL_ARGUMENTS, not {by!r}.',
         )
     for name in by:
         if not isinstance(name, str) or not _accepts(signature, name):
             hint = did_you_mean(str(name), signature.parameters)
-            raise _wrong(task, f"lock_by names {name!r}, which is not an argument of it.{hint}")
+            raise _wrong(task.name, f"lock_by names {name!r}, which is not an argument of it.{hint}")
     return tuple(by)
 
 
@@ -386,13 +432,12 @@ def _several(key: Any) -> list[Any]:
     return list(key) if isinstance(key, list | tuple) and not is_pair else [key]
 
 
-def _check_wait(task: type[Any], wait: float | None) -> None:
-    for name in ("soft_time_limit", "time_limit"):
-        limit = getattr(task, name, None)
+def _check_wait(wait: float | None, wait_name: str, limits: Mapping[str, float]) -> None:
+    for name, limit in limits.items():
         # Time limits run from the moment a worker accepts the task: waiting counts.
-        if wait is not None and limit is not None and wait >= limit:
+        if wait is not None and wait >= limit:
             raise LockMisuse(
-                f"lock_timeout ({wait:g} s) leaves nothing of {name} ({limit:g} s), as waiting counts."
+                f"{wait_name} ({wait:g} s) leaves nothing of {name} ({limit:g} s), as waiting counts."
             )
 
 
