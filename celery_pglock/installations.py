@@ -66,8 +66,8 @@ def heed_all_apps() -> None:
     connect_on_app_finalize(heed)
 
 
-def in_vain(app: Any) -> list[str]:
-    """Of lock options for tasks that the app does not have, a sentence each."""
+def in_vain(app: Any) -> list[tuple[str, str]]:
+    """Of lock options for tasks that the app does not have, where they are stated and a sentence each."""
     installation = _installation_of(app)
     return [] if installation is None else [*installation.in_vain()]
 
@@ -124,18 +124,20 @@ class Installation:
                     setattr(kind, name, value)
             kind.take_locks()
 
-    def in_vain(self) -> Iterator[str]:
-        """Of options for tasks that the app does not have, a sentence each."""
+    def in_vain(self) -> Iterator[tuple[str, str]]:
+        """Of options for tasks that the app does not have, where they are stated and a sentence each."""
         names = self.app.tasks.keys()
         for pattern, _ in self.rules:
             if not any(_reaches(pattern, name) for name in names):
-                yield f"The rule {pattern!r} of install() matches no task.{did_you_mean(pattern, names)}"
+                guess = did_you_mean(pattern, names)
+                yield "install()", f"The rule {pattern!r} of install() matches no task.{guess}"
         for by_name in self._annotations:
             # Others are code that answers when it is asked.
             for name, given in by_name.items() if isinstance(by_name, dict) else ():
                 if name not in (*names, FOR_ALL) and any(map(_is_of_ours, given)):
                     guess = did_you_mean(name, names)
-                    yield f"task_annotations has lock options for {name!r}, which is no task.{guess}"
+                    told = f"task_annotations has lock options for {name!r}, which is no task.{guess}"
+                    yield "task_annotations", told
 
     @cached_property
     def _annotations(self) -> list[Any]:
@@ -219,6 +221,6 @@ def _check_rule(pattern: Any, options: Any) -> None:
     check_names(options, where)
 
 
-def _tell_what_is_in_vain(sender: Any, **_: Any) -> None:
-    for sentence in in_vain(sender.app):
+def _tell_what_is_in_vain(sender: Any, **__: Any) -> None:
+    for _, sentence in in_vain(sender.app):
         logger.warning("%s", sentence)

@@ -13,6 +13,7 @@ from celery_pglock.brokers import visibility_timeout
 from celery_pglock.durations import UNSET
 from celery_pglock.errors import LockMisuse
 from celery_pglock.findings import error, warning
+from celery_pglock.installations import in_vain
 from celery_pglock.schedules import entries_of_ours
 from celery_pglock.side_effects import Retry, SideEffect, side_effect
 from celery_pglock.task_classes import LockedTask, refusing_later
@@ -44,7 +45,7 @@ def _options_or_refusal(task: Any) -> TaskOptions | CheckMessage | None:
         return error(
             "E002",
             str(misuse),
-            hint="Mend the option where it is stated: @app.task(...), a base class, or task_annotations.",
+            hint="Mend it where it is stated: @app.task(...), a base class, task_annotations or install().",
             obj=task.name,
         )
     return options
@@ -54,6 +55,7 @@ def findings(app: Any, locked: Sequence[Locked]) -> Iterator[CheckMessage]:
     """All but ``E002``; ``LockMisuse`` if the project's settings cannot be used."""
     yield from _beat_without_the_app(app)
     yield from _tasks_without_locks(app)
+    yield from _options_in_vain(app)
     yield from _retries_that_never_come(config.current().SIDE_EFFECT, "CELERY_PGLOCK['SIDE_EFFECT']")
     yield from _wait_for_ever(locked)
     redelivers_after = _redelivers_after(app)
@@ -94,6 +96,16 @@ def _tasks_without_locks(app: Any) -> Iterator[CheckMessage]:
                 ),
                 obj=name,
             )
+
+
+def _options_in_vain(app: Any) -> Iterator[CheckMessage]:
+    for where, sentence in in_vain(app):
+        yield warning(
+            "W011",
+            sentence,
+            hint="Its tasks run without that lock: correct the name, or remove it.",
+            obj=where,
+        )
 
 
 def _retries_that_never_come(given: Any, where: str) -> Iterator[CheckMessage]:

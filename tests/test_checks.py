@@ -15,7 +15,7 @@ from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.db import connection, connections
 
-from celery_pglock import AdvisoryTask, LockMisuse, Raise, Retry, Skip, XactAdvisoryTask
+from celery_pglock import AdvisoryTask, LockMisuse, Raise, Retry, Skip, XactAdvisoryTask, install
 from celery_pglock.findings import DOCUMENTATION
 from celery_pglock.schedules import beat_entries
 from celery_pglock.task_options import session_level_aliases
@@ -307,6 +307,20 @@ class TestWarnings:
         found = told()
         assert set(found) == {("W007", "stated"), ("W007", "inherited")}
         assert "has lock_shared, lock_timeout, and takes no lock" in found["W007", "stated"]
+
+    def test_rules_that_match_no_task_are_told(self, app, add):
+        app.conf.task_annotations = {"anotated": {"lock_key": "k"}, "gone": {"rate_limit": "1/s"}}
+        install(app, {"third.*": {"lock_key": "k"}, "thrid.*": {"lock_key": "k"}})
+        add("third.add", Task)
+        found = told()
+        assert set(found) == {("W011", "install()"), ("W011", "task_annotations")}
+        assert "The rule 'thrid.*' of install() matches no task." in found["W011", "install()"]
+        assert "'anotated', which is no task" in found["W011", "task_annotations"]
+
+    def test_a_rule_that_does_not_fit_its_task_is_told_as_an_option_is(self, app, add):
+        install(app, {"third.*": {"lock_by": ("acount",)}})
+        add("third.add", Task)
+        assert "Did you mean 'account'" in told()["E002", "third.add"]
 
     def test_celerys_own_tasks_take_none_of_a_task_class_for_all(self, monkeypatch):
         app = Celery("all", set_as_current=False, task_cls=AdvisoryTask, broker="redis://")

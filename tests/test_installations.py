@@ -261,13 +261,17 @@ class TestWhatCannotWork:
             install(app, {"third.*": {"lock_key": "k"}})
 
     def test_what_matches_nothing_is_told(self, app):
-        app.conf.task_annotations = {"third.ad": {"lock_key": "k"}, "gone": {"rate_limit": "1/s"}}
+        app.conf.task_annotations = {"thrd.add": {"lock_key": "k"}, "gone": {"rate_limit": "1/s"}}
         install(app, {"third.*": {"lock_key": "k"}, "thrid.add": {"lock_shared": True}})
         third = app.task(name="third.add")(add)
         assert third.name
         assert in_vain(app) == [
-            "The rule 'thrid.add' of install() matches no task. Did you mean 'third.add'?",
-            "task_annotations has lock options for 'third.ad', which is no task. Did you mean 'third.add'?",
+            ("install()", "The rule 'thrid.add' of install() matches no task. Did you mean 'third.add'?"),
+            (
+                "task_annotations",
+                "task_annotations has lock options for 'thrd.add', which is no task."
+                " Did you mean 'third.add'?",
+            ),
         ]
 
 
