@@ -79,7 +79,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def measured(django_db_setup, django_db_blocker, tmp_path_factory, collector):
-    """What was counted where every outcome came up: by Prometheus, by OpenTelemetry, and in which processes."""
+    """What was counted where every outcome came up: by Prometheus, by OpenTelemetry, and by whom."""
     folder = tmp_path_factory.mktemp("metrics")
     (folder / "counter_1.db").write_bytes(b"of a worker that has ended")
     port = free_port()

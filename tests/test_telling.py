@@ -14,6 +14,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from django.conf import settings
 
 from celery_pglock import LockNotAcquired, events
+from celery_pglock.tasks import prioritize_critical_tasks
 from tests.celery_app import app
 from tests.conftest import ADVISORY_HERE, running_worker, wait_until
 from tests.losing_tasks import is_only_warned
@@ -21,12 +22,15 @@ from tests.models import Entry
 from tests.told_tasks import (
     calls_itself,
     does_not_take_its_lock,
+    gets_through,
+    is_in_the_way_once,
     meets_its_time_limit_in_a_receiver,
     sends_no_events,
 )
 from tests.worker_tasks import acks_late, raises, retries, retries_itself, skips, waits
 
 END_ITS_SESSION = f"SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE {ADVISORY_HERE}"
+END_WAITING = f"{END_ITS_SESSION} AND NOT granted"
 
 
 class Listener:
@@ -400,6 +404,32 @@ class TestLogRecords:
             "task_name": retries_itself.name,
             "task_id": result.id,
         }
+
+    def test_a_task_that_comes_back_when_postgresql_can_be_asked_is_logged(self, worker, rival):
+        rival.take("k")
+        result = waits.delay("k")
+        wait_until(lambda: rival.sees_held("k", granted=False))
+        rival.ask(END_WAITING)
+        (record,) = wait_until(lambda: logged(worker, result))
+        facts = record["pglock"]
+        assert (record["levelname"], facts["what"], facts["lock"]) == ("WARNING", "outage", "k")
+        assert 0 < facts["countdown"] <= 30
+        assert "terminating connection due to administrator command" in facts["reason"]
+        rival.give_back("k")
+        assert result.get(timeout=10) == "done"
+
+    def test_a_task_that_comes_back_after_a_critical_one_is_logged(self, worker, rival):
+        result = is_in_the_way_once.delay("k")
+        begins("k")
+        critical = gets_through.delay("k")
+        wait_until(lambda: rival.sees_held("k", granted=False))
+        prioritize_critical_tasks(min_wait=0, grace=0)
+        assert critical.get(timeout=10) == "through"
+        assert result.get(timeout=10) == "done"
+        lost, preempted = logged(worker, result)
+        assert (lost["pglock"]["what"], preempted["pglock"]["what"]) == ("lost", "preempted")
+        assert 0 < preempted["pglock"]["countdown"] <= 30
+        assert f"in the way of {gets_through.name} [{critical.id}]" in preempted["pglock"]["reason"]
 
     def test_a_loss_is_logged(self, worker, rival):
         result = is_only_warned.delay("k", 0.5)

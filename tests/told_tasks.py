@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 
 from celery_pglock import AdvisoryTask, Retry, Skip, signals
+from celery_pglock.conflicts import PREEMPTED
 from tests.celery_app import app
 from tests.documents import python_block
 from tests.losing_tasks import is_only_warned  # noqa: F401 - the worker takes it, too
-from tests.worker_tasks import work
+from tests.worker_tasks import work, write
 
 exec(python_block("docs/how-to/structured-logs.md", "# shop/logs.py"))  # noqa: S102 - it is ours
 
@@ -32,6 +33,19 @@ def sends_no_events(self, key):
 @app.task(base=AdvisoryTask, lock_key="{key}", lock_on_direct_call=True)
 def calls_itself(key, called=False):
     return "done" if called else calls_itself(f"{key}, called", called=True)
+
+
+@app.task(base=AdvisoryTask, bind=True, lock_key="{key}")
+def is_in_the_way_once(self, key):
+    write(self, key, "begins")
+    if PREEMPTED not in (self.request.headers or {}):
+        time.sleep(60)
+    return "done"
+
+
+@app.task(base=AdvisoryTask, lock_key="{key}", lock_priority=5, lock_timeout=20)
+def gets_through(key):
+    return "through"
 
 
 class WithoutItsLock(AdvisoryTask):
