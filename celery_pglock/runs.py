@@ -279,7 +279,7 @@ def _run_held(
         except OUTAGES as outage:
             hold.empty(outage)
             return Outage(outage)
-        _drop_a_copy_of_what_succeeded(this)
+        _drop_a_copy_of_what_succeeded(this, hold)
         if refusal:
             return refusal
         if loss := hold.loss:
@@ -337,8 +337,10 @@ def _run_body(this: Run, hold: Hold, body: Body, args: Sequence[Any], kwargs: Ma
                 hold.session.to_be_told.remove(interrupt)
 
 
-def _drop_a_copy_of_what_succeeded(this: Run) -> None:
+def _drop_a_copy_of_what_succeeded(this: Run, hold: Hold) -> None:
     if (this.request.headers or {}).get(COPY) and succeeded_before(this.task, this.request):
+        # Nobody was told that it has the lock.
+        hold.empty(None)
         raise Ignore("an earlier delivery of this message has succeeded")
 
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 from celery import Celery, states, uuid
-from celery.events.state import State
+from celery.events.state import TASK_EVENT_TO_STATE, State
 from celery.exceptions import SoftTimeLimitExceeded
 from django.conf import settings
 
@@ -103,6 +103,7 @@ def muted_broker(broker):
     channels = ("&celery-task-meta-*", f"&{there.path}.celery.pidbox")
     user = ("ACL", "SETUSER", name)
     broker.execute_command(*user, "reset", "on", ">mute", "~*", "+@all", "resetchannels", *channels)
+    broker.may_not_speak = lambda: broker.execute_command(*user, "resetchannels", *channels)
     broker.may_speak = lambda: broker.execute_command(*user, "allchannels")
     yield broker
     broker.execute_command("ACL", "DELUSER", name)
@@ -181,9 +182,14 @@ class TestSignals:
         result = acks_late.delay("copied", 1)
         begins("copied")
         acks_late.apply_async(["copied", 1], task_id=result.id)
-        outcomes = wait_until(lambda: [one["outcome"] for one in told(worker, result) if "outcome" in one])
-        assert outcomes == ["redelivered"]
         assert result.get(timeout=10) == "done"
+        wait_until(lambda: "an earlier delivery of this message has succeeded" in worker.log)
+        conflicts = [one for one in told(worker, result) if one["signal"] == "lock_conflict"]
+        assert {one["outcome"] for one in conflicts} == {"redelivered"}
+        assert [one["signal"] for one in told(worker, result) if one not in conflicts] == [
+            "lock_acquired",
+            "lock_released",
+        ]
 
     def test_a_task_whose_retry_the_broker_refuses_tells_that_it_waits(self, worker, rival, broker):
         rival.take("k")
@@ -274,6 +280,9 @@ class TestEvents:
                 # However late it comes.
                 state.event(event)
         assert [state.tasks[one].state for one in ended] == list(ended.values())
+        # Any other event of this group would set a state of its own.
+        of_tasks = {kind for event in worker.monitor.heard if (kind := event["type"]).startswith("task-")}
+        assert of_tasks <= {f"task-{kind}" for kind in TASK_EVENT_TO_STATE}
         rival.give_back("taken")
 
     def test_a_direct_call_inside_of_a_body_sends_nothing(self, worker, rival):
@@ -314,9 +323,11 @@ class TestEvents:
 
     def test_the_setting_turns_them_on_and_a_child_that_ends_sends_its_last(self, rival):
         options = ["--max-tasks-per-child", "1"]
+        # Where children are not forked they know of the settings, and not of -E.
+        variables = {"TASK_EVENTS": "1", "START_METHOD": "spawn", "SLOW_EVENTS": "1", "TASKS": "told_tasks"}
         with (
             Listener() as monitor,
-            running_worker(f"events-{uuid()}", *options, concurrency=1, TASK_EVENTS="1") as worker,
+            running_worker(f"events-{uuid()}", *options, concurrency=1, **variables) as worker,
         ):
             result = skips.apply_async(["k"], queue=worker.queue)
             wait_until(lambda: monitor.kinds(result.id) == ["pglock-acquired", "pglock-released"])
@@ -331,6 +342,9 @@ class TestEvents:
             again = skips.apply_async(["k"], queue=worker.queue)
             wait_until(lambda: monitor.kinds(again.id) == ["pglock-acquired", "pglock-released"])
             assert worker.log.count("nor are more until the broker takes them") == 1
+            muted_broker.may_not_speak()
+            assert skips.apply_async(["k"], queue=worker.queue).get(timeout=10) == "done"
+            wait_until(lambda: worker.log.count("nor are more until the broker takes them") == 2)
 
     def test_a_worker_that_was_told_to_send_none_sends_none(self, rival):
         with Listener() as monitor, running_worker(f"events-{uuid()}", concurrency=1) as worker:

@@ -10,6 +10,7 @@ from celery_pglock.conflicts import PREEMPTED
 from tests.celery_app import app
 from tests.documents import python_block
 from tests.losing_tasks import is_only_warned  # noqa: F401 - the worker takes it, too
+from tests.slow_events import SlowEvents
 from tests.worker_tasks import work, write
 
 exec(python_block("docs/how-to/structured-logs.md", "# shop/logs.py"))  # noqa: S102 - it is ours
@@ -46,6 +47,12 @@ def is_in_the_way_once(self, key):
 @app.task(base=AdvisoryTask, lock_key="{key}", lock_priority=5, lock_timeout=20)
 def gets_through(key):
     return "through"
+
+
+app.conf.worker_pool_start_method = os.environ.get("START_METHOD", "fork")
+if "SLOW_EVENTS" in os.environ:
+    # Children that are spawned have an app of their own, made after this one.
+    app.events_cls = SlowEvents
 
 
 class WithoutItsLock(AdvisoryTask):
