@@ -11,7 +11,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded, TaskRevokedError
 from celery.exceptions import Retry as RetryLater
 
-from celery_pglock import labels, signals
+from celery_pglock import labels, log_records, signals
 from celery_pglock.brokers import visibility_timeout
 from celery_pglock.errors import Preempted
 from celery_pglock.held_back import publish
@@ -71,10 +71,14 @@ class TaskConflict(Conflict):
             self._warn_of_none()
         holders = ", ".join(map(str, self.holders)) or "somebody who has gone by now"
         logger.info(
-            "Task %s[%s] skipped: lock %r is held by %s", self.task.name, self.request.id, self.key, holders
+            "Task %s[%s] skipped: lock %r is held by %s",
+            self.task.name,
+            self.request.id,
+            self.key,
+            holders,
+            extra=log_records.about_conflict("conflict", self, outcome="skipped"),
         )
         signals.lock_skipped.send_robust(sender=self.task, lock=self.lock, conflict=self)
-        self._send_event("pglock-skipped")
         if chain == "stop" and self.request.chain:
             _revoke(self.task.backend, self.request.chain, f"skipped: lock {self.key!r} is held by {holders}")
             self.request.chain = None
@@ -112,6 +116,7 @@ class TaskConflict(Conflict):
             countdown,
             self.key,
             str(outage).strip(),
+            extra=self._comes_back("outage", countdown, str(outage).strip()),
         )
         if (self.request.headers or {}).get(COPY) or (self.request.delivery_info or {}).get("redelivered"):
             # The state may be that of an earlier delivery, which runs.
@@ -124,7 +129,12 @@ class TaskConflict(Conflict):
         again = self._again(countdown, **{PREEMPTED: True, CONFLICTS: 0, OUTAGES: 0})
         publish(self.task.app, again.apply_async)
         logger.warning(
-            "Task %s[%s] comes back in %.1f s: %s", self.task.name, self.request.id, countdown, preempted
+            "Task %s[%s] comes back in %.1f s: %s",
+            self.task.name,
+            self.request.id,
+            countdown,
+            preempted,
+            extra=self._comes_back("preempted", countdown, str(preempted)),
         )
         raise _retry_later(preempted, countdown, sig=again)
 
@@ -164,13 +174,8 @@ class TaskConflict(Conflict):
             headers={**(self.request.headers or {}), **headers},
         )
 
-    def _send_event(self, kind: str) -> None:
-        if not self.has_message or not self.task.app.conf.worker_send_task_events:
-            return
-        try:
-            self.task.send_event(kind, name=self.task.name, key=self.key, waited=self.waited)
-        except Exception as error:
-            logger.warning("The event %s was not sent: %s", kind, error)
+    def _comes_back(self, what: str, countdown: float, reason: str) -> dict[str, Any]:
+        return log_records.about(what, self.task, self.request, self.key, countdown=countdown, reason=reason)
 
 
 def succeeded_before(task: Any, request: Any) -> bool:

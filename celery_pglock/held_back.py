@@ -69,14 +69,19 @@ class HeldBack:
         for retry in self._retries:
             retry.options["headers"][name] = True
 
-    def send_all(self, app: Any, task: str) -> None:
-        """Send everything, in order; while the broker refuses, the task waits here rather than lose it."""
+    def send_all(self, app: Any, task: str, extra: dict[str, Any]) -> None:
+        """Send everything, in order; while the broker refuses, the task waits here rather than lose it.
+
+        ``extra`` is what the log records of that carry beside their text.
+        """
         while self._sends:
             for pause in pauses():
                 try:
                     publish(app, self._sends[0])
                     break
                 except BrokerRefused as refused:
-                    logger.warning("%s waits in place until the broker takes its message: %s", task, refused)
+                    logger.warning(
+                        "%s waits in place until the broker takes its message: %s", task, refused, extra=extra
+                    )
                     time.sleep(pause)
             del self._sends[0]

@@ -49,6 +49,16 @@ class Holder:
     task_id: str
     worker: str
 
+    def as_dict(self) -> dict[str, Any]:
+        """Who it is and since when, of values that JSON knows."""
+        return {
+            "task_name": self.task_name,
+            "task_id": self.task_id,
+            "worker": self.worker,
+            "backend_pid": self.pid,
+            "since": self.since and self.since.isoformat(),
+        }
+
     def __str__(self) -> str:
         words = [self.task_name or ("task" if self.task_id else "a session that is no task")]
         if self.task_id:

@@ -9,7 +9,16 @@ from celery import signals, states
 from django.db import DatabaseError
 from django.db.backends.signals import connection_created
 
-from celery_pglock import config, inspections, interruptions, lock_sequences, locks, work_connections
+from celery_pglock import (
+    config,
+    events,
+    inspections,
+    interruptions,
+    lock_sequences,
+    locks,
+    log_records,
+    work_connections,
+)
 from celery_pglock.errors import LockMisuse
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.raw_connections import OnStandby
@@ -23,6 +32,8 @@ def connect() -> None:
     """Connect the hooks; doing it again changes nothing."""
     signals.worker_init.connect(_refuse_what_cannot_work, dispatch_uid="celery_pglock.worker_init")
     signals.worker_init.connect(_answer_inspections, dispatch_uid="celery_pglock.inspections")
+    signals.worker_init.connect(_send_events, dispatch_uid="celery_pglock.events")
+    events.connect()
     signals.task_prerun.connect(_note_what_is_held, dispatch_uid="celery_pglock.task_prerun")
     signals.task_postrun.connect(_leave_nothing_behind, dispatch_uid="celery_pglock.task_postrun")
     connection_created.connect(work_connections.mark_a_new_one, dispatch_uid="celery_pglock.marked")
@@ -48,6 +59,10 @@ def _refuse_what_cannot_work(sender: Any = None, **_: Any) -> None:
 
 def _answer_inspections(**_: Any) -> None:
     inspections.register()
+
+
+def _send_events(sender: Any = None, **_: Any) -> None:
+    events.follow(sender)
 
 
 def _check(alias: str, *, strict: bool) -> None:
@@ -80,8 +95,13 @@ def _leave_nothing_behind(task_id: str = "", task: Any = None, state: str = "", 
         work_connections.roll_back_what_was_left(name)
     ran = state in (states.SUCCESS, states.FAILURE)
     if ran and options and "pglock_lock" not in vars(task.request):
-        logger.error("%s did not take its lock: its class overrides __call__ without calling super()", name)
+        logger.error(
+            "%s did not take its lock: its class overrides __call__ without calling super()",
+            name,
+            extra=log_records.about("not_locked", task, task.request, ""),
+        )
 
 
 def _close_idle(**_: Any) -> None:
     pool().close_idle()
+    events.send_the_last()

@@ -14,7 +14,7 @@ from celery.exceptions import Retry as RetryLater
 from django.db import DatabaseError, InterfaceError, InternalError, OperationalError
 from psycopg.errors import AdminShutdown, QueryCanceled
 
-from celery_pglock import clocks, preemptions, signals, work_connections
+from celery_pglock import clocks, log_records, preemptions, signals, work_connections
 from celery_pglock.claims import ENDED, Hold, Refusal
 from celery_pglock.conflicts import (
     AFTER_PREEMPTION,
@@ -99,6 +99,10 @@ class Run:
     def __str__(self) -> str:
         return f"Task {self.task.name}[{self.request.id}]"
 
+    def about(self, what: str, **facts: Any) -> dict[str, Any]:
+        """The ``extra`` of a log record."""
+        return log_records.about(what, self.task, self.request, self.lock.name, **facts)
+
 
 def run(
     task: Any,
@@ -155,6 +159,7 @@ def run(
                     this,
                     lock.name,
                     refused,
+                    extra=_about_waiting(this, outcome),
                 )
                 time.sleep(next(pause))
 
@@ -180,7 +185,31 @@ def _without_the_body(this: Run, options: TaskOptions, why: TaskConflict | Outag
         outcome = "waits"
         raise
     finally:
-        signals.lock_conflict.send_robust(sender=this.task, lock=this.lock, conflict=why, outcome=outcome)
+        _tell_of_a_conflict(this, why, outcome)
+
+
+def _tell_of_a_conflict(this: Run, conflict: TaskConflict, outcome: str) -> None:
+    if outcome in ("retried", "raised", "redelivered"):
+        # Celery's own record of it has a text alone.
+        logger.debug(
+            "%s is %s: lock %r is held by %s",
+            this,
+            outcome,
+            conflict.key,
+            ", ".join(map(str, conflict.holders)),
+            extra=log_records.about_conflict("conflict", conflict, outcome=outcome),
+        )
+    told = signals.lock_conflict.send_robust(
+        sender=this.task, lock=this.lock, conflict=conflict, outcome=outcome
+    )
+    if outcome == "waits":
+        _heed_the_time_limit(told)
+
+
+def _about_waiting(this: Run, why: TaskConflict | Outage | Stopped) -> dict[str, Any]:
+    if isinstance(why, TaskConflict):
+        return log_records.about_conflict("waits", why, outcome="waits")
+    return this.about("waits", reason=str(why.error).strip())
 
 
 def _what_ended_the_wait(outcome: Any) -> Exception | None:
@@ -250,7 +279,7 @@ def _run_held(
         except OUTAGES as outage:
             hold.empty(outage)
             return Outage(outage)
-        _drop_a_copy_of_what_succeeded(this)
+        _drop_a_copy_of_what_succeeded(this, hold)
         if refusal:
             return refusal
         if loss := hold.loss:
@@ -272,7 +301,19 @@ def _run_held(
 
 
 def _tell_that_it_was_acquired(this: Run, hold: Hold) -> None:
-    told = signals.lock_acquired.send_robust(sender=this.task, lock=this.lock, waited=hold.waited)
+    headers = this.request.headers or {}
+    told = signals.lock_acquired.send_robust(
+        sender=this.task,
+        lock=this.lock,
+        waited=hold.waited,
+        attempt=headers.get(CONFLICTS, 0) + 1,
+        # Hosts' clocks differ.
+        delayed=max(0.0, time.time() - headers[FIRST_CONFLICT]) if headers.get(CONFLICTS) else 0.0,
+    )
+    _heed_the_time_limit(told)
+
+
+def _heed_the_time_limit(told: Sequence[tuple[Any, Any]]) -> None:
     for _, answer in told:
         # The time limit of the task, which has not failed as a receiver does, and comes once only.
         if isinstance(answer, SoftTimeLimitExceeded):
@@ -296,8 +337,10 @@ def _run_body(this: Run, hold: Hold, body: Body, args: Sequence[Any], kwargs: Ma
                 hold.session.to_be_told.remove(interrupt)
 
 
-def _drop_a_copy_of_what_succeeded(this: Run) -> None:
+def _drop_a_copy_of_what_succeeded(this: Run, hold: Hold) -> None:
     if (this.request.headers or {}).get(COPY) and succeeded_before(this.task, this.request):
+        # Nobody was told that it has the lock.
+        hold.empty(None)
         raise Ignore("an earlier delivery of this message has succeeded")
 
 
@@ -328,27 +371,33 @@ def _finish(this: Run, hold: Hold, held_back: HeldBack, ended_with: BaseExceptio
     except BaseException as failure:
         # What the body wanted to follow its COMMIT does not, if that has failed.
         if not isinstance(failure, DatabaseError):
-            held_back.send_all(this.task.app, str(this))
+            held_back.send_all(this.task.app, str(this), this.about("waits"))
         raise
+    held = time.monotonic() - hold.since
     if kept and hold.keys:
-        held = time.monotonic() - hold.since
         signals.lock_released.send_robust(sender=this.task, lock=this.lock, held=held)
     elif not kept:
         loss = loss or "its session was ended before it was given back"
-        _tell_that_it_was_lost(this, loss)
+        _tell_that_it_was_lost(this, loss, held)
         if this.lock.xact and ended_with is None:
             # What was to follow the COMMIT does not.
             raise LockLost(this.lock.name, f"{loss}, and the work rolled back")
     if isinstance(ended_with, RetryLater) and _preemption(this, ended_with.exc):
         # Of what stopped it the body made a retry of its own, which is not to be skipped either.
         held_back.put_into_headers(PREEMPTED)
-    held_back.send_all(this.task.app, str(this))
+    held_back.send_all(this.task.app, str(this), this.about("waits"))
     if not kept and ended_with is None and this.on_lost == "fail":
         raise LockLost(this.lock.name, loss)
 
 
-def _tell_that_it_was_lost(this: Run, loss: str) -> None:
+def _tell_that_it_was_lost(this: Run, loss: str, held: float) -> None:
     work_connections.close_what_was_interrupted()
     work_connections.close_what_is_broken()
-    logger.error("%s lost lock %r before it gave it back: %s", this, this.lock.name, loss)
-    signals.lock_lost.send_robust(sender=this.task, lock=this.lock, reason=loss)
+    logger.error(
+        "%s lost lock %r before it gave it back: %s",
+        this,
+        this.lock.name,
+        loss,
+        extra=this.about("lost", held=held, reason=loss),
+    )
+    signals.lock_lost.send_robust(sender=this.task, lock=this.lock, reason=loss, held=held)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from django.dispatch import Signal
 
 lock_acquired = Signal()
-"""The lock was obtained, and the body is about to run. Also: ``waited`` in seconds."""
+"""The lock was obtained, and the body is about to run. Also, in seconds, ``waited`` in place and ``delayed``
+since the task's first conflict, over all its retries; ``attempt`` counts from 1."""
 
 lock_conflict = Signal()
-"""The lock was not obtained. Also: ``conflict``, and what became of the task, ``outcome``: it was ``"skipped"``,
-``"retried"`` or ``"raised"``; was ``"redelivered"``, a copy of the message that holds the lock, and comes
-back; or ``"waits"`` in place until the broker takes its retry."""
+"""The lock was not obtained. Also: ``conflict``, and what became of the task, ``outcome``: it was
+``"skipped"``, ``"retried"`` or ``"raised"``; it was ``"redelivered"``, a copy of the message that holds the
+lock, and comes back; or it ``"waits"`` in place until the broker takes its retry."""
 
 lock_skipped = Signal()
 """A task was skipped. Also: ``conflict``."""
@@ -23,7 +24,8 @@ lock_released = Signal()
 """The lock was given back. Also: ``held`` in seconds."""
 
 lock_lost = Signal()
-"""A lock turned out to be gone before the work was done. Also: ``reason``."""
+"""A lock turned out to be gone before the work was done. Also: ``reason``, and ``held`` in seconds until that
+was found out."""
 
 backend_stopped = Signal()
 """A backend was to be stopped: ``stop`` tells what became of it, ``action`` what was tried on which alias:

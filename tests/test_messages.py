@@ -6,7 +6,6 @@ import signal
 import pytest
 from celery import states, uuid
 
-from tests.celery_app import app
 from tests.conftest import running_worker, wait_until
 from tests.models import Entry, most_at_once
 from tests.worker_tasks import (
@@ -121,17 +120,3 @@ def test_a_replacement_that_nobody_could_send_fails_the_task(worker, rival):
     with pytest.raises(TypeError, match="missing 1 required"):
         replaces_itself_with_what_nobody_could_send.delay("k").get(timeout=10)
     assert not rival.sees_held("k")
-
-
-def test_a_skip_is_told_as_an_event_where_events_are_sent(rival):
-    rival.take("k")
-    heard = []
-    with running_worker("events", TASK_EVENTS="1") as worker, app.connection_for_read() as connection:
-        receiver = app.events.Receiver(connection, handlers={"pglock-skipped": heard.append})
-        result = None
-        for _ in receiver.itercapture(limit=None, timeout=10, wakeup=False):
-            result = result or skips.apply_async(["k"], queue=worker.queue)
-            if heard:
-                break
-    (event,) = heard
-    assert (event["uuid"], event["name"], event["key"]) == (result.id, skips.name, "k")
