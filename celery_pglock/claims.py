@@ -194,7 +194,8 @@ class Claim:
         """
         started = time.monotonic()
         if self.xact:
-            check_vendor(self.using)
+            if current().ENABLED:
+                check_vendor(self.using)
             if open_transaction:
                 hold.open_transaction()
         reason = self._reason_why_not(hold, owner, timeout, started)

@@ -145,6 +145,11 @@ class LockSession:
     def holds_nothing(self) -> bool:
         return not self._held
 
+    @property
+    def held(self) -> str:
+        """The names of what it holds, for people."""
+        return str(self._held)
+
     def held_among(self, keys: Iterable[Key], *, shared: bool) -> Key | None:
         """The first of these keys that this session holds in this mode."""
         return next((key for key in keys if self._held.has(key, shared=shared)), None)
@@ -298,6 +303,10 @@ class LockSession:
     def lose(self, reason: str) -> None:
         """Give it up, with all that it holds."""
         self._line.lose(reason)
+
+    def cut_off(self, reason: str) -> None:
+        """Give it up for its owner, which is another thread: the server frees at once what it holds."""
+        self._line.cut_off(reason)
 
     def close(self) -> None:
         """End the session; what it still held is lost to those who believe that they hold it."""
