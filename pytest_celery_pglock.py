@@ -25,10 +25,10 @@ def _locks_off() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_lock_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[None]:
     # Fixtures of modules and sessions may hold locks for many tests.
-    before = _leftovers().in_use() if _may_use_locks() else []
+    before = _leftovers().in_use() if _may_use_locks() else {}
     yield
-    if _may_use_locks():
-        _leftovers().clear_away(request.node.nodeid, but=before)
+    if _may_use_locks() and (left := _leftovers().clear_away(request.node.nodeid, before)):
+        request.node.warn(left)
 
 
 def _may_use_locks() -> bool:

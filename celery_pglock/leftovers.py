@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
+from typing import TypeAlias
 
 from django.db import DatabaseError
 
 from celery_pglock import lock_sequences, locks
+from celery_pglock.inventories import names
+from celery_pglock.keys import Key
 from celery_pglock.labels import Owner
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.sessions import LockSession
@@ -27,31 +31,49 @@ class LocksLeftBehind(UserWarning):
     """A test ended with locks, which the next one would have met."""
 
 
-def in_use() -> list[LockSession]:
-    """The lock sessions of this process that somebody uses, in whatever thread."""
-    return pool().in_use()
+Counts: TypeAlias = "Counter[tuple[Key, bool]]"
+
+NOTHING: Mapping[LockSession, Counts] = MappingProxyType({})
 
 
-def clear_away(left_by: str, but: Collection[LockSession] = ()) -> None:
-    """Close all lock sessions ``but`` some, and warn of what they still held; ``left_by`` is whose they were.
+def in_use() -> dict[LockSession, Counts]:
+    """The lock sessions of this process that somebody uses, in whatever thread, and what they hold."""
+    return {session: session.counts for session in pool().in_use()}
 
-    When it returns the server has let go of them.
+
+def clear_away(left_by: str, before: Mapping[LockSession, Counts] = NOTHING) -> LocksLeftBehind | None:
+    """Close the lock sessions of this process; gives what tells of the locks that they still held.
+
+    ``left_by`` is who left them. Sessions in use ``before`` stay, without what this thread has taken on them
+    since. When it returns, the server has let go of the others.
     """
     pool().close_idle()
-    mine = [session for session in pool().leased.values() if session not in but]
-    others = _still_used_after_a_while([session for session in in_use() if session not in [*mine, *but]])
+    surplus = {
+        session: session.counts - before[session] for session in pool().leased.values() if session in before
+    }
+    mine = [session for session in pool().leased.values() if session not in before]
+    others = _still_used_after_a_while([session for session in in_use() if session not in {*mine, *before}])
     left = [*mine, *others]
-    if not left:
-        return
-    held = ", ".join(filter(None, [session.held for session in left]))
-    what = f"the locks {held} behind" if held else "somebody behind who waits for a lock"
-    close_leftovers(left_by, but)
+    counts = sum([*surplus.values(), *[session.counts for session in left]], Counter())
+    if not left and not counts:
+        return None
+    for session, taken in surplus.items():
+        for key, shared in taken.elements():
+            session.give_back([key], shared=shared)
+    close_leftovers(left_by, before)
     for session in others:
         session.cut_off(f"{left_by} has ended")
     locks.forget_what_was_left()
     lock_sequences.forget_what_was_left()
     _wait_for_the_server(left)
-    warnings.warn(f"{left_by} left {what}: its lock sessions were closed", LocksLeftBehind, stacklevel=3)
+    return _left_behind(left_by, counts)
+
+
+def _left_behind(left_by: str, counts: Counts) -> LocksLeftBehind:
+    if not counts:
+        return LocksLeftBehind(f"{left_by} left a thread behind that waited for a lock, and is cut off now")
+    held = names(dict.fromkeys(key for key, _ in counts))
+    return LocksLeftBehind(f"{left_by} left locks behind, which are free again now: {held}")
 
 
 def _still_used_after_a_while(sessions: Sequence[LockSession]) -> list[LockSession]:

@@ -45,11 +45,7 @@ def _pop(stack: list[tuple[advisory, Hold | None]], lock: advisory) -> Hold | No
 
 def forget_what_was_left() -> None:
     """Forget what this thread holds by hand on sessions that have been closed."""
-    _holds.by_hand[:] = [
-        (lock, hold)
-        for lock, hold in _holds.by_hand
-        if hold is not None and hold.session is not None and not hold.session.is_closed
-    ]
+    _holds.by_hand[:] = [(lock, hold) for lock, hold in _holds.by_hand if not (hold and hold.is_over)]
 
 
 @dataclass(frozen=True, init=False)

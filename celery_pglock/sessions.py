@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,9 +147,9 @@ class LockSession:
         return not self._held
 
     @property
-    def held(self) -> str:
-        """The names of what it holds, for people."""
-        return str(self._held)
+    def counts(self) -> Counter[tuple[Key, bool]]:
+        """How often it holds which key; with True for the shared mode."""
+        return self._held.counts
 
     def held_among(self, keys: Iterable[Key], *, shared: bool) -> Key | None:
         """The first of these keys that this session holds in this mode."""

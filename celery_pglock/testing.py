@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -95,7 +96,8 @@ def close_lock_sessions(left_by: str = "A test") -> None:
     Where one still holds something, ``LocksLeftBehind`` warns of it with the name ``left_by``. A lock of
     another thread may first end by itself, for up to a second; then its owner has lost it.
     """
-    leftovers.clear_away(left_by)
+    if left := leftovers.clear_away(left_by):
+        warnings.warn(left, stacklevel=2)
 
 
 def _turned_off(options: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -10,7 +10,15 @@ from django.conf import settings
 from django.db import DatabaseError, connections
 from django.test import SimpleTestCase, TestCase, override_settings
 
-from celery_pglock import AdvisoryTask, ExclusiveLock, LockLost, LockMisuse, LockNotAcquired, advisory
+from celery_pglock import (
+    AdvisoryTask,
+    ExclusiveLock,
+    LockLost,
+    LockMisuse,
+    LockNotAcquired,
+    advisory,
+    leftovers,
+)
 from celery_pglock.pool import pool
 from celery_pglock.testing import (
     LocksLeftBehind,
@@ -89,7 +97,10 @@ class TestHeldElsewhere:
                 pass
         with pytest.raises(LockMisuse, match="needs a lock id"), function():
             pass
-        with pytest.raises(LockMisuse, match=r"tests\.worker_tasks\.skips\.lock_for\(\.\.\.\)"), function(skips):
+        with (
+            pytest.raises(LockMisuse, match=r"tests\.worker_tasks\.skips\.lock_for\(\.\.\.\)"),
+            function(skips),
+        ):
             pass
 
     @pytest.mark.parametrize("function", [held_elsewhere, lock_free])
@@ -309,12 +320,26 @@ class TestClosing:
         advisory("by hand").acquire()
         lock = ExclusiveLock("counted")
         lock.acquire()
-        with pytest.warns(LocksLeftBehind, match="this test left the locks 'by hand', 'counted' behind"):
+        with pytest.warns(LocksLeftBehind, match="^this test left locks behind, .*: 'by hand', 'counted'$"):
             close_lock_sessions("this test")
         assert not rival.sees_advisory_locks()
         assert not lock.locked()
         assert advisory("by hand").acquire()
         advisory("by hand").release()
+
+    def test_what_was_held_before_stays_without_what_came_since(self, rival):
+        lock = ExclusiveLock("since")
+        with advisory("before"), advisory("twice"):
+            before = leftovers.in_use()
+            lock.acquire()
+            advisory("twice").acquire()
+            left = leftovers.clear_away("this test", before)
+            assert str(left) == "this test left locks behind, which are free again now: 'twice', 'since'"
+            assert not lock.locked()
+            assert rival.could_take("since")
+            assert rival.sees_held("before")
+            assert rival.sees_held("twice")
+        assert not rival.sees_advisory_locks()
 
     def test_what_another_thread_left_is_free_and_lost_to_it(self, rival):
         is_held, may_end = threading.Event(), threading.Event()
@@ -331,7 +356,7 @@ class TestClosing:
         thread = threading.Thread(target=hold)
         thread.start()
         is_held.wait()
-        with pytest.warns(LocksLeftBehind, match="left the locks 'k' behind"):
+        with pytest.warns(LocksLeftBehind, match="^A test left locks behind, .*: 'k'$"):
             close_lock_sessions()
         assert rival.could_take("k")
         may_end.set()
@@ -351,7 +376,7 @@ class TestClosing:
         thread = threading.Thread(target=wait)
         thread.start()
         wait_until(lambda: rival.sees_held("k", granted=False))
-        with pytest.warns(LocksLeftBehind, match="left somebody behind who waits for a lock"):
+        with pytest.warns(LocksLeftBehind, match="left a thread behind that waited for a lock"):
             close_lock_sessions()
         thread.join()
         assert not rival.sees_held("k", granted=False)
