@@ -6,6 +6,8 @@ import unittest
 import warnings
 
 import pytest
+from celery import uuid
+from celery.app.trace import build_tracer
 from django.conf import settings
 from django.db import DatabaseError, connections
 from django.test import SimpleTestCase, TestCase, override_settings
@@ -63,6 +65,15 @@ def said_by(expected, task, do, **options):
     return str(caught.value)
 
 
+def deliver(task):
+    """Run it as a worker in this thread would, for a message of its own."""
+    task_id = uuid()
+    request = {"id": task_id, "delivery_info": {"routing_key": "nobody's"}, "ignore_result": True}
+    build_tracer(task.name, task, app=app)(task_id, (), {}, request)
+    with app.connection_for_write() as broker:
+        broker.default_channel.queue_purge("nobody's")
+
+
 class TestHeldElsewhere:
     def test_a_lock_with_a_limit_is_held_in_all_its_places(self, rival):
         with held_elsewhere(at_most_three.lock_for("k")), assert_retried(at_most_three):
@@ -75,6 +86,7 @@ class TestHeldElsewhere:
             assert_retried(on_another_alias),
             assert_skipped(skips),
         ):
+            assert {session.alias for session in pool().in_use()} == {"default", "locks"}
             on_another_alias.apply()
             skips.apply(["k"])
         connections["locks"].close()
@@ -228,6 +240,20 @@ class TestAssertions:
     def test_that_it_failed_before_is_told(self, db):
         told = said_by(assert_ran, skips, lambda: skips.apply([]))
         assert "it failed before it had a lock: TypeError(" in told
+
+    def test_that_no_lock_could_be_taken_is_told(self, rival):
+        away = {**connections.databases["default"], "PORT": 1}
+        connections.databases["away"] = away
+
+        @app.task(shared=False, base=AdvisoryTask, lock_using="away")
+        def meets_an_outage():
+            pass
+
+        try:
+            told = said_by(assert_ran, meets_an_outage, lambda: deliver(meets_an_outage))
+        finally:
+            del connections.databases["away"]
+        assert "it comes back, as no lock can be taken: " in told
 
     def test_what_is_no_task_is_refused(self):
         with pytest.raises(LockMisuse, match="neither a task nor the name of one"):
@@ -403,7 +429,8 @@ class TestClosing:
             pass
         assert rival.ask(LOCK_SESSIONS)
         close_lock_sessions()
-        wait_until(lambda: not rival.ask(LOCK_SESSIONS))
+        # By itself it would be closed after 10 s.
+        wait_until(lambda: not rival.ask(LOCK_SESSIONS), seconds=5)
 
     def test_with_nothing_left_nothing_is_connected_to(self):
         close_lock_sessions()
