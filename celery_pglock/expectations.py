@@ -115,7 +115,9 @@ class Observation:
         if not self._is_about(task):
             self._others.add(task.name)
         elif current().ENABLED:
-            self._unexplained[task_id] = "it ran without a lock, as its base class is not AdvisoryTask"
+            self._unexplained[task_id] = (
+                "it ran without a lock, as it states none (is its base class AdvisoryTask?)"
+            )
         else:
             self._unexplained[task_id] = "it ran without a lock, as CELERY_PGLOCK['ENABLED'] is False"
 

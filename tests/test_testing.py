@@ -236,7 +236,7 @@ class TestAssertions:
 
     def test_that_it_has_no_lock_is_told(self, db):
         told = said_by(assert_ran, without_a_lock, without_a_lock.apply)
-        assert told.endswith("it ran without a lock, as its base class is not AdvisoryTask.")
+        assert told.endswith("it ran without a lock, as it states none (is its base class AdvisoryTask?).")
         with locks_off():
             told = said_by(assert_skipped, skips, lambda: skips.apply(["k"]))
         assert told.endswith("it ran without a lock, as CELERY_PGLOCK['ENABLED'] is False.")
@@ -371,7 +371,8 @@ class TestClosing:
             assert rival.sees_held("twice")
         assert not rival.sees_advisory_locks()
 
-    def test_what_another_thread_left_is_free_and_lost_to_it(self, rival):
+    def test_what_another_thread_left_is_free_and_lost_to_it(self, rival, monkeypatch):
+        monkeypatch.setattr(leftovers, "PATIENCE", 0.1)
         is_held, may_end = threading.Event(), threading.Event()
         outcomes = []
 
@@ -393,7 +394,8 @@ class TestClosing:
         thread.join()
         assert outcomes == ["A test has ended"]
 
-    def test_what_another_thread_waits_for_it_does_not_get(self, rival):
+    def test_what_another_thread_waits_for_it_does_not_get(self, rival, monkeypatch):
+        monkeypatch.setattr(leftovers, "PATIENCE", 0.1)
         rival.take("k")
         outcomes = []
 
