@@ -36,6 +36,7 @@ from celery_pglock.testing import (
 )
 from tests.celery_app import app
 from tests.conftest import LOCK_SESSIONS, in_another_thread, wait_until
+from tests.test_sessions import statements_logged_by_the_server
 from tests.worker_tasks import at_most_three, in_transaction, raises, retries, skips
 
 # Tasks of other tests' workers are none of these.
@@ -160,8 +161,11 @@ class TestLockFree:
         assert not lock_free(lock)
 
     def test_it_takes_nothing(self, rival):
-        assert lock_free("k")
-        assert not rival.ask(LOCK_SESSIONS)
+        with advisory("another"):
+            session = pool().leased["default"]
+            logged = statements_logged_by_the_server(session._line.connection, lambda: lock_free("k"))
+        assert logged
+        assert not [line for line in logged if "pg_try_advisory" in line or "pg_advisory" in line]
 
 
 class TestAssertions:
