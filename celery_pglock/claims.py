@@ -80,6 +80,13 @@ class Hold:
                 return "its transaction's connection was closed"
         return ""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its session was closed, or made to give the keys back, by somebody else than its owner."""
+        if self.session is None:
+            return False
+        return self.session.is_closed or not self.session.held_among(self.keys, shared=self.shared)
+
     def check(self) -> None:
         """Raise ``LockLost`` if the lock is gone."""
         if loss := self.loss:
@@ -194,7 +201,8 @@ class Claim:
         """
         started = time.monotonic()
         if self.xact:
-            check_vendor(self.using)
+            if current().ENABLED:
+                check_vendor(self.using)
             if open_transaction:
                 hold.open_transaction()
         reason = self._reason_why_not(hold, owner, timeout, started)

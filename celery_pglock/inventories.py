@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from celery_pglock.fences import Token
@@ -27,6 +28,11 @@ class Inventory:
     def __str__(self) -> str:
         # A copy, as the watcher asks while its owner may count.
         return names(key for key, _ in tuple(self._counts))
+
+    @property
+    def counts(self) -> Counter[tuple[Key, bool]]:
+        """How often which key is held; with True for the shared mode."""
+        return Counter(self._counts)
 
     def has(self, key: Key, *, shared: bool) -> bool:
         return (key, shared) in self._counts

@@ -120,6 +120,11 @@ class Lifeline:
         """Give the session up; the first reason stays."""
         self.loss = self.loss or reason
 
+    def cut_off(self, reason: str) -> None:
+        """End it at once from another thread than its owner's, who may be waiting for an answer."""
+        self.lose(reason)
+        self._shut_down()
+
     def listen(self, beat: Callable[[], str] | None) -> None:
         """Notice the end, make the session heard with the statement ``beat``, or give it up; never waits.
 

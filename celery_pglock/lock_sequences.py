@@ -32,9 +32,7 @@ _holds = _Holds()
 
 def forget_what_was_left() -> None:
     """Forget what this thread holds on sessions that have been closed."""
-    _holds.stack[:] = [
-        (lock, hold) for lock, hold in _holds.stack if hold.session is None or not hold.session.is_closed
-    ]
+    _holds.stack[:] = [(lock, hold) for lock, hold in _holds.stack if not hold.is_over]
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -44,8 +44,8 @@ def _pop(stack: list[tuple[advisory, Hold | None]], lock: advisory) -> Hold | No
 
 
 def forget_what_was_left() -> None:
-    """Forget what this thread holds by hand: its session has been closed."""
-    _holds.by_hand.clear()
+    """Forget what this thread holds by hand on sessions that have been closed."""
+    _holds.by_hand[:] = [(lock, hold) for lock, hold in _holds.by_hand if not (hold and hold.is_over)]
 
 
 @dataclass(frozen=True, init=False)

@@ -40,7 +40,7 @@ class Pool:
         """This thread's session on the alias: the one it has, an idle one, or a new one."""
         session = self.leased.get(alias)
         if session is None or (session.holds_nothing and not session.is_believed):
-            session = self._idle_session(alias, owner) or self._new_session(alias, owner)
+            session = self._idle_session(alias, owner) or self.new_session(alias, owner)
             self.leased[alias] = session
         return session
 
@@ -60,6 +60,23 @@ class Pool:
             self._idle = [idle for idle in self._idle if not idle.is_closed]
             self._idle.append(session)
 
+    def new_session(self, alias: str, owner: Owner) -> LockSession:
+        """A session of its caller's own, who closes it."""
+        session = LockSession(alias, owner)
+        try:
+            self._watcher.watch(session)
+        except BaseException:
+            # Without a watcher the server would end it.
+            session.close()
+            raise
+        return session
+
+    def in_use(self) -> list[LockSession]:
+        """Those that somebody uses, in whatever thread."""
+        with self._lock:
+            idle = list(self._idle)
+        return [one for one in self._watcher.sessions if not one.is_closed and one not in idle]
+
     def inherited_sockets(self) -> list[int]:
         """The descriptors of all sessions, for a child that must not keep them open."""
         return self._watcher.inherited_sockets()
@@ -77,16 +94,6 @@ class Pool:
                 if session.take_up(owner):
                     return session
         return None
-
-    def _new_session(self, alias: str, owner: Owner) -> LockSession:
-        session = LockSession(alias, owner)
-        try:
-            self._watcher.watch(session)
-        except BaseException:
-            # Without a watcher the server would end it.
-            session.close()
-            raise
-        return session
 
 
 _pool = Pool()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,6 +145,11 @@ class LockSession:
     @property
     def holds_nothing(self) -> bool:
         return not self._held
+
+    @property
+    def counts(self) -> Counter[tuple[Key, bool]]:
+        """How often it holds which key; with True for the shared mode."""
+        return self._held.counts
 
     def held_among(self, keys: Iterable[Key], *, shared: bool) -> Key | None:
         """The first of these keys that this session holds in this mode."""
@@ -298,6 +304,10 @@ class LockSession:
     def lose(self, reason: str) -> None:
         """Give it up, with all that it holds."""
         self._line.lose(reason)
+
+    def cut_off(self, reason: str) -> None:
+        """Give it up for its owner, which is another thread: the server frees at once what it holds."""
+        self._line.cut_off(reason)
 
     def close(self) -> None:
         """End the session; what it still held is lost to those who believe that they hold it."""

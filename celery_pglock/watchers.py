@@ -35,6 +35,12 @@ class Watcher:
             else:
                 self._call()
 
+    @property
+    def sessions(self) -> list[LockSession]:
+        """All that are watched."""
+        with self._lock:
+            return [session for session in self._sessions if session.is_watched]
+
     def inherited_sockets(self) -> list[int]:
         """The descriptors of all its sessions, for a child that must not keep them open."""
         return [socket for session in self._sessions for socket in session.sockets]
