@@ -302,13 +302,14 @@ def _run_held(
 
 def _tell_that_it_was_acquired(this: Run, hold: Hold) -> None:
     headers = this.request.headers or {}
+    conflicts, now = headers.get(CONFLICTS, 0), time.time()
     told = signals.lock_acquired.send_robust(
         sender=this.task,
         lock=this.lock,
         waited=hold.waited,
-        attempt=headers.get(CONFLICTS, 0) + 1,
+        attempt=conflicts + 1,
         # Hosts' clocks differ.
-        delayed=max(0.0, time.time() - headers[FIRST_CONFLICT]) if headers.get(CONFLICTS) else 0.0,
+        delayed=max(0.0, now - headers.get(FIRST_CONFLICT, now)) if conflicts else 0.0,
     )
     _heed_the_time_limit(told)
 

@@ -21,7 +21,7 @@ from django.test.utils import modify_settings
 
 from celery_pglock import LockMisuse, Preempted, advisory, clearances, config, obstructions
 from celery_pglock.bootsteps import PrioritizeCriticalTasks
-from celery_pglock.checks import settings_can_work, tasks_can_work
+from celery_pglock.checks import settings_can_work
 from celery_pglock.config import Chosen
 from celery_pglock.inquiries import listing
 from celery_pglock.markers import marker
@@ -755,28 +755,6 @@ class TestWhatIsRefused:
         code += "; from celery_pglock.task_options import session_level_aliases"
         code += "; assert session_level_aliases(Celery('project')) == {}"
         subprocess.run([sys.executable, "-c", code], check=True)
-
-    def test_a_critical_task_that_does_not_wait_is_warned_of(self, monkeypatch, pglock_settings):
-        from celery import Celery
-
-        from celery_pglock import AdvisoryTask
-
-        app = Celery("checked", set_as_current=False)
-        monkeypatch.setattr("celery_pglock.checks.current_app", app)
-
-        def work():
-            pass
-
-        for name, timeout, priority in (("a", 0, 1), ("b", 30, 1), ("c", 0, 0), ("d", None, 1)):
-            app.task(base=AdvisoryTask, name=name, lock_timeout=timeout, lock_priority=priority)(work)
-        app.task(base=AdvisoryTask, name="e", lock_priority=1)(work)
-
-        def found():
-            return sorted(one.obj for one in tasks_can_work() if one.id == "celery_pglock.W002")
-
-        assert found() == ["a", "e"]
-        pglock_settings(TIMEOUT=30)
-        assert found() == ["a"]
 
 
 def test_markers_are_not_listed_unless_they_are_asked_for(somebody):
