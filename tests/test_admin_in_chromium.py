@@ -19,6 +19,7 @@ from tests.conftest import wait_until
 from tests.models import Entry
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.django_db(transaction=True, available_apps=settings.INSTALLED_APPS),
     pytest.mark.skipif(
         not programs(), reason="chromium is not installed: apt-get install chromium chromium-driver"

@@ -23,6 +23,8 @@ from tests.worker_tasks import (
     waits,
 )
 
+pytestmark = pytest.mark.long
+
 POOLS = ["prefork", "threads", "solo", "gevent"]
 
 
@@ -101,7 +103,6 @@ class TestOfWorkers:
             worker.process.kill()
             assert free(rival, "k")
 
-    @pytest.mark.long
     def test_a_warm_shutdown_lets_the_task_end(self, rival, pool):
         with running_worker(f"warm-{pool}", pool=pool) as worker:
             result = skips.apply_async(["k", 1], queue=worker.queue)
@@ -122,7 +123,6 @@ class TestOfWorkers:
             worker.process.wait(20)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("pool", ["threads", "gevent"])
 def test_many_tasks_in_one_process_never_overlap(rival, pool):
     with running_worker(f"many-{pool}", pool=pool, concurrency=8) as worker:
@@ -177,7 +177,6 @@ def test_a_misspelt_option_is_refused_at_worker_start(rival):
         pass
 
 
-@pytest.mark.long
 def test_idle_children_keep_one_session_each_and_close_it(rival, worker):
     results = [skips.delay(f"key {number}", 0.05) for number in range(40)]
     for result in results:

@@ -48,7 +48,7 @@ import pytest
 from celery_pglock import advisory
 from celery_pglock.testing import lock_free
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from tests.worker_tasks import (
     without_result,
 )
 
+pytestmark = pytest.mark.long
+
 
 def count(key, what="begins"):
     return Entry.objects.filter(key=key, what=what).count()
@@ -86,7 +88,6 @@ class TestABrokerThatRefuses:
         assert result.get(timeout=20) == 0
         assert count("k") == 1
 
-    @pytest.mark.long
     def test_one_message_is_tried_at_most_twice_a_second(self, worker, rival, broker):
         rival.take("k")
         result = retries.apply_async(["k"], countdown=1)

@@ -17,7 +17,7 @@ from tests.models import Entry
 from tests.worker_tasks import raises, retries, skips
 
 # Without a database of the tests no worker has one.
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.long]
 
 CHILDREN = 3
 OUTCOMES = [(skips, "skipped"), (raises, "raised"), (retries, "retried")]

@@ -17,6 +17,8 @@ from celery_pglock.models import LockReport
 from celery_pglock.schedules import beat_entries
 from tests.conftest import running_worker, wait_until
 
+pytestmark = pytest.mark.long
+
 QUEUE = "scheduled-reports"
 
 

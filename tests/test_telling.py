@@ -29,6 +29,8 @@ from tests.told_tasks import (
 )
 from tests.worker_tasks import acks_late, raises, retries, retries_itself, skips, waits
 
+pytestmark = pytest.mark.long
+
 END_ITS_SESSION = f"SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE {ADVISORY_HERE}"
 END_WAITING = f"{END_ITS_SESSION} AND NOT granted"
 
