@@ -108,10 +108,9 @@ class Installation:
 
     def annotate(self, task: type[Any]) -> dict[str, Any]:
         """What Celery is to set on a task class that it binds."""
-        given = self._annotations_of(task)
+        given = {name: value for name, value in self._annotations_of(task).items() if not _is_of_ours(name)}
         if issubclass(task, LockedTask):
-            return given | self.stated(next(iter(_objects_of(task, self.app)), task))
-        given = {name: value for name, value in given.items() if not _is_of_ours(name)}
+            given |= self.stated(next(iter(_objects_of(task, self.app)), task))
         return given | {"on_bound": _on_bound(task)}
 
     def stated(self, task: Any) -> dict[str, Any]:
@@ -208,7 +207,7 @@ def _on_bound(task: type[Any]) -> Any:
     def on_bound(cls: type[Any], app: Any) -> None:
         its_own.__get__(None, cls)(app)
         installation = _installation_of(app)
-        if installation is not None and not issubclass(cls, LockedTask):
+        if installation is not None and not issubclass(cls, InstalledTask):
             for one in _objects_of(cls, app):
                 installation.lock(one)
 

@@ -197,7 +197,7 @@ class TestRules:
             heed(tests_app).rules.pop()
 
     def test_celerys_own_tasks_are_reached_by_their_own_pattern_alone(self, app):
-        app.conf.task_annotations = {"*": {"lock_timeout": 1}}
+        app.conf.task_annotations = {"*": {"lock_timeout": 0.1}}
         install(app, {"*": {"lock_key": "k"}, "celery.chunks": {"lock_key": "chunks"}})
         assert lock_for(app.tasks["celery.chunks"]).name == "chunks"
         with pytest.raises(LockMisuse, match=r"celery.map is not locked"):
@@ -230,6 +230,20 @@ class TestWhatCeleryDoesNotAskAbout:
         with held_elsewhere("k"):
             assert child.apply().get() == "skipped"
         assert child.apply().get() == "done"
+
+    def test_what_inherits_from_a_registered_task_of_ours_has_rules_of_its_own(self, app):
+        class Parent(AdvisoryTask):
+            name = "other.parent"
+
+            def run(self):
+                return "done"
+
+        class Child(Parent):
+            name = "third.child"
+
+        parent, child = app.register_task(Parent()), app.register_task(Child())
+        assert lock_for(parent).name == "other.parent"
+        assert lock_for(child).name == "k"
 
     def test_what_inherits_from_a_locked_task_and_is_not_named_takes_no_lock(self, app):
         third = app.task(name="third.add")(add)
