@@ -1,7 +1,10 @@
 """Tasks that somebody else wrote are locked by rules and by annotations."""
 
 import pickle
+import subprocess
+import sys
 from functools import partial, wraps
+from pathlib import Path
 
 import pytest
 from celery import Celery, Task, chord, states
@@ -28,6 +31,8 @@ from tests.conftest import PATIENCE, running_worker, wait_until
 from tests.models import Entry, most_at_once
 
 pytestmark = pytest.mark.django_db(transaction=True)
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -284,11 +289,17 @@ class TestWhatCeleryDoesNotAskAbout:
                 assert here.apply().get() == "skipped"
             assert not isinstance(there, LockedTask)
 
-    def test_a_base_class_may_be_bound_before(self, app):
-        assert app.Task.app is app
-        third = app.task(name="third.add")(add)
-        with held_elsewhere("k"):
-            assert third.apply([1]).get() == "skipped"
+    @pytest.mark.parametrize("when", ["before install()", "after it"])
+    def test_a_base_class_may_be_bound_before_its_tasks(self, when):
+        with Celery("bound", set_as_current=False, backend="cache+memory://") as app:
+            if when == "before install()":
+                assert app.Task.app is app
+            install(app, {"third.*": {"lock_key": "k", "lock_side_effect": Skip("skipped")}})
+            assert app.Task.app is app
+            third = app.task(name="third.add", shared=False)(add)
+            app.finalize()
+            with held_elsewhere("k"):
+                assert third.apply([1]).get() == "skipped"
 
     def test_a_worker_refuses_annotations_whose_error_finalizing_loses(self, app):
         class Failing:
@@ -346,6 +357,22 @@ class TestAnnotations:
         third = app.task(name="third.add")(add)
         app.finalize()
         assert third.lock_for(1).name == "k"
+
+    def test_of_several_apps_that_were_finalized_before_django_started_each_heeds_its_own(self):
+        code = """
+from celery import Celery; from django.conf import settings
+settings.configure(INSTALLED_APPS=["celery_pglock"])
+def add(a): pass
+first, second = Celery("first"), Celery("second")
+for app in (first, second):
+    app.conf.task_annotations = {"third.add": {"lock_key": app.main}}
+    app.task(name="third.add", shared=False)(add)
+    app.finalize()
+import django; django.setup()
+print(*(app.tasks["third.add"].lock_options().key for app in (first, second)))
+"""
+        told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert told.stdout == "['first'] ['second']\n", told.stderr
 
     def test_annotations_without_lock_options_are_celerys_business(self, app):
         app.conf.task_annotations = {"third.add": {"rate_limit": "1/s"}, "*": {"time_limit": 7}}
