@@ -12,7 +12,7 @@ from django.core import checks
 
 from celery_pglock import config, server_checks, task_checks
 from celery_pglock.errors import LockMisuse
-from celery_pglock.findings import error
+from celery_pglock.findings import error, warning
 from celery_pglock.raw_connections import check_vendor
 from celery_pglock.task_options import Locked, task_side_effect
 
@@ -63,9 +63,22 @@ def tasks_can_work(**_: Any) -> list[checks.CheckMessage]:
     # that starts binds its tasks itself, and refuses at once.
     if _binding_all_tasks.get() or current_app.loader.worker_initialized:
         return []
-    locked, refused = _bound()
+    try:
+        locked, refused = _bound()
+    except Exception as failure:
+        return [_not_read(failure)]
     # Tasks cannot be held against settings that cannot be used, of which settings_can_work() tells.
     return refused if settings_can_work() else [*refused, *task_checks.findings(current_app, locked)]
+
+
+def _not_read(failure: Exception) -> checks.CheckMessage:
+    # A warning: where web servers migrate, what only workers have may be missing.
+    return warning(
+        "W012",
+        f"The tasks could not be read, so that none is checked: {type(failure).__name__}: {failure}".strip(),
+        hint="Check where workers run: one that starts meets the same error.",
+        obj="Celery",
+    )
 
 
 def _bound() -> tuple[list[Locked], list[checks.CheckMessage]]:
@@ -83,5 +96,9 @@ def locks_exclude(databases: Sequence[str] | None = None, **_: Any) -> list[chec
     """
     if not databases or settings_can_work():
         return []
-    locked = _bound()[0]
+    try:
+        locked = _bound()[0]
+    except Exception:
+        # tasks_can_work() tells of it.
+        return []
     return [found for alias in databases for found in server_checks.findings(current_app, locked, alias)]

@@ -10,15 +10,18 @@ from inspect import getattr_static
 from types import new_class
 from typing import Any, ClassVar, Final
 
-from celery._state import connect_on_app_finalize
-from celery.app import app_or_default
+from celery._state import (  # type: ignore[attr-defined] # the stubs leave one out
+    _get_active_apps,
+    connect_on_app_finalize,
+)
 from celery.app.annotations import prepare
 from celery.signals import worker_init
 from celery.utils.functional import firstmethod
 
 from celery_pglock import hooks
 from celery_pglock.errors import LockMisuse, did_you_mean
-from celery_pglock.task_classes import LockedTask, registered_name
+from celery_pglock.held_locks import lock_of
+from celery_pglock.task_classes import LockedTask
 from celery_pglock.task_options import OPTIONS, check_names
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ def install(app: Any, rules: Mapping[str, Mapping[str, Any]] | None = None) -> N
     for pattern, options in (rules or {}).items():
         _check_rule(pattern, options)
     installation.rules += (rules or {}).items()
-    installation.lock_those_bound_before()
+    installation.lock_what_is_bound()
 
 
 def heed(app: Any) -> Installation:
@@ -53,16 +56,18 @@ def heed(app: Any) -> Installation:
     installation = _installation_of(app)
     if installation is None:
         hooks.connect()
-        worker_init.connect(_tell_what_is_in_vain, dispatch_uid="celery_pglock.in_vain")
+        worker_init.connect(_leave_none_without_its_lock, dispatch_uid="celery_pglock.rules")
         installation = Installation(app)
         app.annotations = [installation]
-        installation.lock_those_bound_before()
+        installation.lock_what_is_bound()
+        app.on_after_finalize.connect(installation.lock_what_is_bound, weak=False)
     return installation
 
 
 def heed_all_apps() -> None:
-    """Heed the current app at once, and any other when it is finalized."""
-    heed(app_or_default())
+    """Heed all apps that there are at once, and any other when it is finalized."""
+    for app in tuple(_get_active_apps()):
+        heed(app)
     connect_on_app_finalize(heed)
 
 
@@ -72,16 +77,26 @@ def in_vain(app: Any) -> list[tuple[str, str]]:
     return [] if installation is None else [*installation.in_vain()]
 
 
+class _Lock:
+    """``self.lock`` of a task whose own code may set an attribute of that name, which then counts."""
+
+    def __get__(self, task: Any, owner: type[Any]) -> Any:
+        return self if task is None else lock_of(task.name)
+
+
 class InstalledTask(LockedTask):
     """A task that takes its lock by rules, before any other base class."""
 
-    installation: ClassVar[Installation]
+    _installation: ClassVar[Installation]
+
+    lock = _Lock()
 
     @classmethod
-    def stated_options(cls) -> Mapping[str, Any]:
-        stated = cls.installation.stated(cls)
+    def stated_options(cls) -> Mapping[str, Any] | None:
+        stated = cls._installation.stated(cls)
         check_names(stated, f"Task {cls.name}")
-        return stated
+        # A class that inherits from it may be named by no rule.
+        return stated or None
 
 
 class Installation:
@@ -93,36 +108,40 @@ class Installation:
 
     def annotate(self, task: type[Any]) -> dict[str, Any]:
         """What Celery is to set on a task class that it binds."""
-        given, stated = self._annotations_of(task), self.stated(task)
+        given = {name: value for name, value in self._annotations_of(task).items() if not _is_of_ours(name)}
         if issubclass(task, LockedTask):
-            return given | stated
-        if stated:
-            given = {name: value for name, value in given.items() if not _is_of_ours(name)}
-            given["on_bound"] = self._on_bound(task)
-        return given
+            given |= self.stated(next(iter(_objects_of(task, self.app)), task))
+        return given | {"on_bound": _on_bound(task)}
 
-    def stated(self, task: type[Any]) -> dict[str, Any]:
-        """The lock options that annotations and rules give to a task class."""
+    def stated(self, task: Any) -> dict[str, Any]:
+        """The lock options that annotations and rules give to a task, or to a class that has a name."""
         options = {name: value for name, value in self._annotations_of(task).items() if _is_of_ours(name)}
-        name = registered_name(task, self.app)
         for pattern, given in self.rules:
-            if _reaches(pattern, name):
+            if _reaches(pattern, task.name or ""):
                 options |= given
         return options
 
-    def lock_those_bound_before(self) -> None:
-        """Lock the tasks that Celery will not ask about any more."""
+    def lock_what_is_bound(self, **_: Any) -> None:
+        """Lock the tasks that Celery does not ask about again, or never has.
+
+        It does not ask about a class that inherits from one that is bound. And an AttributeError that
+        somebody's code raises while a task is bound is lost in ``finalize()``, with the answer.
+        """
         for task in tuple(self.app._tasks.values()):
-            kind = type(task)
-            if not kind.__bound__ or not (stated := self.stated(kind)):
-                continue
-            if not issubclass(kind, LockedTask):
-                self._lock(task)
-                continue
-            if not issubclass(kind, InstalledTask):
-                for name, value in stated.items():
-                    setattr(kind, name, value)
-            kind.take_locks()
+            if type(task).__bound__:
+                self.lock(task)
+
+    def lock(self, task: Any) -> None:
+        """Lock a task of the app, if there are options for it."""
+        kind = type(task)
+        if not (stated := self.stated(task)):
+            return
+        if not issubclass(kind, LockedTask):
+            self._change_class(task)
+        elif not issubclass(kind, InstalledTask):
+            for name, value in stated.items():
+                setattr(kind, name, value)
+        type(task).take_locks()
 
     def in_vain(self) -> Iterator[tuple[str, str]]:
         """Of options for tasks that the app does not have, where they are stated and a sentence each."""
@@ -143,52 +162,64 @@ class Installation:
     def _annotations(self) -> list[Any]:
         return list(prepare(self.app.conf.task_annotations))
 
-    def _annotations_of(self, task: type[Any]) -> dict[str, Any]:
+    def _annotations_of(self, task: Any) -> dict[str, Any]:
         for_all = _for_all(self._annotations) or {}
-        if registered_name(task, self.app).startswith(RESERVED):
+        if (task.name or "").startswith(RESERVED):
             for_all = {name: value for name, value in for_all.items() if not _is_of_ours(name)}
         return {**(_specific(self._annotations, task) or {}), **for_all}
 
-    def _on_bound(self, task: type[Any]) -> Any:
-        """What Celery calls when all annotations are set: the class's own, and then the lock."""
-        its_own = task.on_bound.__func__
-
-        def on_bound(cls: type[Any], app: Any) -> None:
-            its_own(cls, app)
-            # Classes that inherit it have rules of their own.
-            if cls is task:
-                for one in [one for one in self.app._tasks.values() if type(one) is cls]:
-                    self._lock(one)
-
-        return classmethod(on_bound)
-
-    def _lock(self, task: Any) -> None:
+    def _change_class(self, task: Any) -> None:
         if task.__trace__ is not None:
             raise LockMisuse(
                 f"Task {task.name} is in use by this worker already, without a lock: call install() where "
                 f"the app is made."
             )
         # Celery has no hook that could refuse to run a task. The object itself stays, because others have it.
-        task.__class__ = self._class_for(type(task))
-        type(task).take_locks()
+        task.__class__ = self._class_for(task)
 
-    def _class_for(self, task: type[Any]) -> type[Any]:
+    def _class_for(self, task: Any) -> type[Any]:
         """The class with a lock around everything that the task's own class does."""
+        kind = type(task)
 
         def fill(names: dict[str, Any]) -> None:
             names.update(
-                __module__=task.__module__,
-                __qualname__=task.__qualname__,
-                __doc__=task.__doc__,
-                name=registered_name(task, self.app),
-                installation=self,
+                __module__=kind.__module__,
+                __qualname__=kind.__qualname__,
+                __doc__=kind.__doc__,
+                name=task.name,
+                _installation=self,
             )
             # What the task's own code calls by these names stays what it was.
             names.update(
-                (name, getattr_static(task, name)) for name in ("lock", "lock_for") if hasattr(task, name)
+                (name, getattr_static(kind, name)) for name in ("lock", "lock_for") if hasattr(kind, name)
             )
 
-        return new_class(task.__name__, (InstalledTask, task), exec_body=fill)
+        return new_class(kind.__name__, (InstalledTask, kind), exec_body=fill)
+
+
+def _on_bound(task: type[Any]) -> Any:
+    """What Celery calls when all annotations are set: the class's own, and then the lock.
+
+    Classes that inherit it, objects that are registered later and other apps have rules of their own.
+    """
+    its_own = getattr_static(task, "on_bound")
+
+    def on_bound(cls: type[Any], app: Any) -> None:
+        its_own.__get__(None, cls)(app)
+        installation = _installation_of(app)
+        if installation is not None and not issubclass(cls, InstalledTask):
+            for one in _objects_of(cls, app):
+                installation.lock(one)
+
+    return classmethod(on_bound)
+
+
+def _objects_of(task: type[Any], app: Any) -> tuple[Any, ...]:
+    """The tasks of the app that are of this very class."""
+    named = app._tasks.get(task.name)
+    if type(named) is task:
+        return (named,)
+    return tuple(one for one in tuple(app._tasks.values()) if type(one) is task)
 
 
 def _installation_of(app: Any) -> Installation | None:
@@ -221,6 +252,12 @@ def _check_rule(pattern: Any, options: Any) -> None:
     check_names(options, where)
 
 
-def _tell_what_is_in_vain(sender: Any, **__: Any) -> None:
+def _leave_none_without_its_lock(sender: Any, **__: Any) -> None:
+    # SystemExit, because Celery only logs any other exception of a receiver.
+    try:
+        if (installation := _installation_of(sender.app)) is not None:
+            installation.lock_what_is_bound()
+    except Exception as error:
+        raise SystemExit(f"It is not known which tasks are to take locks: {error!r}") from error
     for _, sentence in in_vain(sender.app):
         logger.warning("%s", sentence)

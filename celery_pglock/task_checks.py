@@ -186,9 +186,9 @@ def _redelivers_after(app: Any) -> float | None:
 def _is_delivered_again(
     task: Any, options: TaskOptions, limits: dict[str, float], after: float
 ) -> Iterator[CheckMessage]:
-    longest = [time for time in (options.wait(), *limits.values()) if time is not None]
+    ends = [time for time in (options.wait(), *limits.values()) if time is not None]
     forgets = task.ignore_result or task.app.conf.result_backend in (None, "disabled")
-    if min(longest, default=after) >= after:
+    if min(ends, default=after) >= after:
         what = "while it waits for its lock: the copy takes another slot, and may run once more"
     elif time_limit_of_its_own(task) > after and forgets:
         what = (

@@ -173,7 +173,7 @@ class XactAdvisoryTask(AdvisoryTask):
 
 def registered_name(task: type[Any], app: Any) -> str:
     """The name of a task class, which may be that of its only object; empty if it has none."""
-    named = (one.name for one in app._tasks.values() if type(one) is task)
+    named = (one.name for one in tuple(app._tasks.values()) if type(one) is task)
     return str(task.name or next(named, ""))
 
 

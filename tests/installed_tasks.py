@@ -63,6 +63,19 @@ class Closing(Accounting):
 closing = app.register_task(Closing())
 
 
+class ClosingLate(Closing):
+    """What Celery tells nobody of: bound like its base class already, and with a hook of its own."""
+
+    name = "third.closing_late"
+
+    @classmethod
+    def on_bound(cls, app):
+        pass
+
+
+closing_late = app.register_task(ClosingLate())
+
+
 @app.task(name="annotated", bind=True)
 def annotated(self):
     return self.lock.name

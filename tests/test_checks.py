@@ -322,6 +322,13 @@ class TestWarnings:
         add("third.add", Task)
         assert "Did you mean 'account'" in told()["E002", "third.add"]
 
+    def test_tasks_that_cannot_be_imported_here_stop_no_command(self, app, add):
+        app.conf.imports = ["is_on_workers_alone"]
+        add("a", lock_priority=1)
+        found = told("default")
+        assert set(found) == {("W012", "Celery")}
+        assert "ModuleNotFoundError: No module named 'is_on_workers_alone'" in found["W012", "Celery"]
+
     def test_celerys_own_tasks_take_none_of_a_task_class_for_all(self, monkeypatch):
         app = Celery("all", set_as_current=False, task_cls=AdvisoryTask, broker="redis://")
         monkeypatch.setattr("celery_pglock.checks.current_app", app)

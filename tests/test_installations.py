@@ -1,10 +1,14 @@
 """Tasks that somebody else wrote are locked by rules and by annotations."""
 
 import pickle
+import subprocess
+import sys
 from functools import partial, wraps
+from pathlib import Path
 
 import pytest
 from celery import Celery, Task, chord, states
+from celery.signals import worker_init
 from django.db import connection
 
 from celery_pglock import (
@@ -27,6 +31,8 @@ from tests.conftest import PATIENCE, running_worker, wait_until
 from tests.models import Entry, most_at_once
 
 pytestmark = pytest.mark.django_db(transaction=True)
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -127,6 +133,17 @@ class TestRules:
 
         assert tells.apply().get() == ["tells", ("theirs", "theirs, too", True, "k")]
 
+    def test_what_its_body_sets_is_its_own_too(self, app):
+        class Theirs(Task):
+            name = "third.sets"
+
+            def run(self):
+                before, self.lock = self.lock.name, "theirs"
+                return before, self.lock, lock_for(self).is_held()
+
+        install(app, {"third.*": {"lock_key": "k"}})
+        assert app.register_task(Theirs()).apply().get() == ("k", "theirs", True)
+
     def test_a_subclass_of_a_locked_class_has_rules_of_its_own(self, app):
         class Parent(Task):
             name = "third.parent"
@@ -196,6 +213,132 @@ class TestRules:
         assert not reports.lock_options().on_direct_call
 
 
+class TestWhatCeleryDoesNotAskAbout:
+    """Celery asks for annotations once for each class, but not for one that inherits from a bound one."""
+
+    @pytest.fixture
+    def app(self, app):
+        install(app, {"third.*": {"lock_key": "k", "lock_side_effect": Skip("skipped")}})
+        return app
+
+    @pytest.mark.parametrize("parent", ["third.parent", "other.parent"])
+    def test_a_class_that_inherits_from_a_registered_one_is_locked(self, app, parent):
+        class Parent(Task):
+            name = parent
+
+            def run(self):
+                return "done"
+
+        class Child(Parent):
+            name = "third.child"
+
+        app.register_task(Parent())
+        child = app.register_task(Child())
+        with held_elsewhere("k"):
+            assert child.apply().get() == "skipped"
+        assert child.apply().get() == "done"
+
+    def test_what_inherits_from_a_registered_task_of_ours_has_rules_of_its_own(self, app):
+        class Parent(AdvisoryTask):
+            name = "other.parent"
+
+            def run(self):
+                return "done"
+
+        class Child(Parent):
+            name = "third.child"
+
+        parent, child = app.register_task(Parent()), app.register_task(Child())
+        assert lock_for(parent).name == "other.parent"
+        assert lock_for(child).name == "k"
+
+    def test_what_inherits_from_a_locked_task_and_is_not_named_takes_no_lock(self, app):
+        third = app.task(name="third.add")(add)
+        other = app.task(name="other.add", base=type(app.tasks[third.name]))(add)
+        with held_elsewhere("k", "other.add"):
+            assert other.apply([1]).get() == 3
+        with pytest.raises(LockMisuse, match=r"other.add is not locked"):
+            lock_for(other, 1)
+
+    def test_each_object_of_a_class_has_the_rules_of_its_own_name(self, app):
+        class Export(Task):
+            def __init__(self, name):
+                self.name = name
+
+            def run(self):
+                return self.name
+
+        install(app, {"third.b": {"lock_key": "b"}})
+        other, a, b = (app.register_task(Export(name)) for name in ("other.a", "third.a", "third.b"))
+        with held_elsewhere("k"):
+            assert other.apply().get() == "other.a"
+            assert a.apply().get() == "skipped"
+            assert b.apply().get() == "third.b"
+        with held_elsewhere("b"):
+            assert b.apply().get() == "skipped"
+
+    def test_a_class_that_another_app_has_bound_is_locked_in_this_one(self, app):
+        class Closing(Task):
+            name = "third.closing"
+
+            def run(self):
+                return "closed"
+
+        with Celery("elsewhere", set_as_current=False) as elsewhere:
+            install(elsewhere, {"fourth.*": {"lock_key": "k"}})
+            there, here = elsewhere.register_task(Closing()), app.register_task(Closing())
+            with held_elsewhere("k"):
+                assert here.apply().get() == "skipped"
+            assert not isinstance(there, LockedTask)
+
+    @pytest.mark.parametrize("when", ["before install()", "after it"])
+    def test_a_base_class_may_be_bound_before_its_tasks(self, when):
+        with Celery("bound", set_as_current=False, backend="cache+memory://") as app:
+            if when == "before install()":
+                assert app.Task.app is app
+            install(app, {"third.*": {"lock_key": "k", "lock_side_effect": Skip("skipped")}})
+            assert app.Task.app is app
+            third = app.task(name="third.add", shared=False)(add)
+            app.finalize()
+            with held_elsewhere("k"):
+                assert third.apply([1]).get() == "skipped"
+
+    def test_a_worker_refuses_annotations_whose_error_finalizing_loses(self, app):
+        class Failing:
+            def annotate(self, task):
+                if task.name == "third.add":
+                    raise AttributeError("lost in maybe_evaluate()")
+
+        third = app.task(name="third.add")(add)
+        app.conf.task_annotations = Failing()
+        app.finalize()
+        assert not isinstance(app.tasks[third.name], LockedTask)
+        with pytest.raises(SystemExit, match=r"It is not known which tasks .*lost in maybe_evaluate"):
+            worker_init.send(sender=type("Worker", (), {"app": app}))
+
+    def test_its_hook_may_be_a_static_method(self, app):
+        told = []
+
+        class Theirs(Task):
+            on_bound = staticmethod(told.append)
+
+        third = app.task(name="third.add", base=Theirs)(add)
+        with held_elsewhere("k"):
+            assert third.apply([1]).get() == "skipped"
+        assert set(told) == {app}
+
+    def test_annotations_reach_a_class_that_is_named_by_being_registered(self, app):
+        class Closing(Task):
+            def run(self):
+                return "closed"
+
+        name = f"{__name__}.Closing"
+        app.conf.task_annotations = {name: {"lock_key": "k", "lock_side_effect": Skip("skipped")}}
+        closing = app.register_task(Closing())
+        with held_elsewhere("k"):
+            assert closing.apply().get() == "skipped"
+
+
 class TestAnnotations:
     def test_lock_options_in_annotations_lock_any_task(self, app):
         app.conf.task_annotations = {"third.add": {"lock_by": ("a",), "lock_side_effect": Skip("skipped")}}
@@ -216,6 +359,22 @@ class TestAnnotations:
         third = app.task(name="third.add")(add)
         app.finalize()
         assert third.lock_for(1).name == "k"
+
+    def test_of_several_apps_that_were_finalized_before_django_started_each_heeds_its_own(self):
+        code = """
+from celery import Celery; from django.conf import settings
+settings.configure(INSTALLED_APPS=["celery_pglock"])
+def add(a): pass
+first, second = Celery("first"), Celery("second")
+for app in (first, second):
+    app.conf.task_annotations = {"third.add": {"lock_key": app.main}}
+    app.task(name="third.add", shared=False)(add)
+    app.finalize()
+import django; django.setup()
+print(*(app.tasks["third.add"].lock_options().key for app in (first, second)))
+"""
+        told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert told.stdout == "['first'] ['second']\n", told.stderr
 
     def test_annotations_without_lock_options_are_celerys_business(self, app):
         app.conf.task_annotations = {"third.add": {"rate_limit": "1/s"}, "*": {"time_limit": 7}}
@@ -337,6 +496,7 @@ class TestInAWorker:
         [
             ("third.accounting", "called: a lock of their own, as they call it"),
             ("third.closing", "called: closed"),
+            ("third.closing_late", "called: closed"),
             ("celery.ping", "pong"),
         ],
     )
