@@ -19,6 +19,7 @@ from celery.signals import worker_init
 from celery.utils.functional import firstmethod
 
 from celery_pglock import hooks
+from celery_pglock.durations import UNSET
 from celery_pglock.errors import LockMisuse, did_you_mean
 from celery_pglock.held_locks import lock_of
 from celery_pglock.task_classes import LockedTask
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 RESERVED: Final = ("celery.", "celery_pglock.")
 
 FOR_ALL: Final = "*"
+
+# The name in the app's settings under which children that are spawned get the rules.
+CARRIED: Final = "pglock_rules"
 
 # Of several annotations Celery heeds the first that has an answer.
 _specific: Any = firstmethod("annotate")  # type: ignore[arg-type] # the stubs take no name
@@ -71,6 +75,19 @@ def heed_all_apps() -> None:
     connect_on_app_finalize(heed)
 
 
+class CarriedRules(tuple[tuple[str, Mapping[str, Any]], ...]):
+    """The rules of an app, on their way to the children that a worker spawns: with a copy of its settings."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _have_arrived, (tuple(self),)
+
+
+def _have_arrived(rules: tuple[tuple[str, Mapping[str, Any]], ...]) -> CarriedRules:
+    # The copy of the app is finalized later.
+    connect_on_app_finalize(heed)
+    return CarriedRules(rules)
+
+
 def in_vain(app: Any) -> list[tuple[str, str]]:
     """Of lock options for tasks that the app does not have, where they are stated and a sentence each."""
     installation = _installation_of(app)
@@ -104,7 +121,8 @@ class Installation:
 
     def __init__(self, app: Any) -> None:
         self.app = app
-        self.rules: list[tuple[str, Mapping[str, Any]]] = []
+        # Asking whether it is there does not load the settings, which may be too early.
+        self.rules = list(app.conf[CARRIED]) if CARRIED in app.conf else []
 
     def annotate(self, task: type[Any]) -> dict[str, Any]:
         """What Celery is to set on a task class that it binds."""
@@ -118,7 +136,7 @@ class Installation:
         options = {name: value for name, value in self._annotations_of(task).items() if _is_of_ours(name)}
         for pattern, given in self.rules:
             if _reaches(pattern, task.name or ""):
-                options |= given
+                options |= _with_one_key(given)
         return options
 
     def lock_what_is_bound(self, **_: Any) -> None:
@@ -233,6 +251,12 @@ def _reaches(pattern: str, name: str) -> bool:
     return is_meant and fnmatchcase(name, pattern)
 
 
+def _with_one_key(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, of which one that names the key overrides the other one, too."""
+    both = dict.fromkeys(("lock_key", "lock_by"), UNSET)
+    return {**both, **options} if both.keys() & options.keys() else dict(options)
+
+
 def _is_of_ours(name: str) -> bool:
     return name.startswith("lock_")
 
@@ -257,6 +281,7 @@ def _leave_none_without_its_lock(sender: Any, **__: Any) -> None:
     try:
         if (installation := _installation_of(sender.app)) is not None:
             installation.lock_what_is_bound()
+            sender.app.conf[CARRIED] = CarriedRules(installation.rules)
     except Exception as error:
         raise SystemExit(f"It is not known which tasks are to take locks: {error!r}") from error
     for _, sentence in in_vain(sender.app):

@@ -5,11 +5,10 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
-from celery import Celery, Task
+from celery import Celery, Task, _state
 from django.conf import settings
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
@@ -36,12 +35,11 @@ MINE, OTHER = f"{PREFIX}_mine", f"{PREFIX}_other"
 
 @pytest.fixture
 def app(monkeypatch):
+    # A shared task is one of every app that is finalized from then on, and so of other tests.
+    monkeypatch.setattr(_state, "_on_app_finalizers", set(_state._on_app_finalizers))
     # Celery prefers the variable to what an app says.
     monkeypatch.delenv("CELERY_BROKER_URL", raising=False)
     with Celery("checked", set_as_current=False, broker="redis://", backend="cache+memory://") as app:
-        # A shared task would become one of every other app of the tests.
-        app.task = partial(app.task, shared=False)
-
         # Those of other tests are shared with it.
         @app.on_after_finalize.connect(weak=False)
         def drop(**_):

@@ -7,7 +7,7 @@ from functools import partial, wraps
 from pathlib import Path
 
 import pytest
-from celery import Celery, Task, chord, states
+from celery import Celery, Task, _state, chord, states
 from celery.signals import worker_init
 from django.db import connection
 
@@ -36,10 +36,10 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def app():
+def app(monkeypatch):
+    # A shared task is one of every app that is finalized from then on, and so of other tests.
+    monkeypatch.setattr(_state, "_on_app_finalizers", set(_state._on_app_finalizers))
     with Celery("installed", set_as_current=False, broker="memory://", backend="cache+memory://") as app:
-        # A shared task would become one of every other app of the tests.
-        app.task = partial(app.task, shared=False)
         yield app
 
 
@@ -63,6 +63,20 @@ class TestRules:
         third, other = app.task(name="third.add")(add), app.task(name="other.add")(add)
         assert third.lock_for(1) == advisory("any", timeout=2)
         assert other.lock_for(1) == advisory("any", timeout=1)
+
+    @pytest.mark.parametrize("base", [Task, AdvisoryTask])
+    def test_a_later_key_overrides_an_earlier_one_in_whichever_way_it_is_named(self, app, base):
+        own = {"lock_by": ("b",)} if base is AdvisoryTask else {}
+        install(app, {"*": {"lock_by": ("b",)}, "third.*": {"lock_key": "{a}"}, "*.by": {"lock_by": ("a",)}})
+        by_text = app.task(name="third.add", base=base, **own)(add)
+        by_argument = app.task(name="third.by", base=base, **own)(add)
+        assert lock_for(by_text, 1).name == "1"
+        assert lock_for(by_argument, 1).name == "third.by(a=1)"
+
+    def test_a_rule_that_names_the_key_twice_is_refused(self, app):
+        install(app, {"third.*": {"lock_by": ("a",), "lock_key": "k"}})
+        with pytest.raises(LockMisuse, match="lock_key and lock_by both name the key"):
+            app.task(name="third.add")(add).apply([1])
 
     def test_tasks_that_are_bound_already_are_locked_too(self, app):
         early = app.task(name="third.add")(add)
@@ -309,7 +323,7 @@ class TestWhatCeleryDoesNotAskAbout:
                 if task.name == "third.add":
                     raise AttributeError("lost in maybe_evaluate()")
 
-        third = app.task(name="third.add")(add)
+        third = app.task(name="third.add", shared=False)(add)
         app.conf.task_annotations = Failing()
         app.finalize()
         assert not isinstance(app.tasks[third.name], LockedTask)
@@ -516,6 +530,14 @@ class TestInAWorker:
     def test_what_matches_no_task_is_told(self, others):
         assert "The rule 'third.prty.*' of install() matches no task." in others.worker.log
         assert "lock options for 'anotated', which is no task. Did you mean 'annotated'?" in others.worker.log
+
+    def test_rules_reach_children_that_are_spawned(self, transactional_db):
+        variables = {"START_METHOD": "spawn", "TASKS": "installed_tasks", "THIRD_PARTY": "yes"}
+        with running_worker("spawned", **variables) as worker:
+            by_account = tests_app.signature("third.by_account", [7], queue=worker.queue)
+            with held_elsewhere("third.by_account(account_id=7)"):
+                assert by_account.delay().get(PATIENCE) == "skipped"
+            assert by_account.delay().get(PATIENCE) == "account 7"
 
     def test_all_tasks_of_a_project_are_locked_by_the_apps_class_but_celerys_own(self, transactional_db):
         with running_worker(

@@ -1,10 +1,10 @@
 """What a task may say about its lock, and what is refused when it is bound."""
 
 from datetime import date, timedelta
-from functools import partial, wraps
+from functools import wraps
 
 import pytest
-from celery import Celery, Task, shared_task
+from celery import Celery, Task, _state, shared_task
 from django.core.management import call_command
 from pydantic import BaseModel
 
@@ -28,10 +28,10 @@ EASTER = date(2026, 4, 5)
 
 
 @pytest.fixture
-def app():
+def app(monkeypatch):
+    # A shared task is one of every app that is finalized from then on, and so of other tests.
+    monkeypatch.setattr(_state, "_on_app_finalizers", set(_state._on_app_finalizers))
     with Celery("options", set_as_current=False, broker="memory://", backend="cache+memory://") as app:
-        # A shared task would become one of every other app of the tests.
-        app.task = partial(app.task, shared=False)
         yield app
 
 
