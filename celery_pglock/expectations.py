@@ -93,7 +93,7 @@ class Observation:
         if self._is_sent:
             return "it was sent to the broker, and no worker of this process has run it"
         others = f"; called were {', '.join(sorted(self._others))}" if self._others else ""
-        return f"it was never called in this process{others}"
+        return f"no worker and no eager call ran it in this process{others}"
 
     def _is_about(self, task: Any) -> bool:
         return bool(task.name == self.task_name)
@@ -102,7 +102,7 @@ class Observation:
         if self._is_about(sender):
             self._unexplained.pop(sender.request.id, None)
             self.locks.append(lock)
-            freed = f"became free after {waited:.2f} s" if waited > A_WHILE else "was free"
+            freed = f"became free after {waited:.2f} s" if waited > A_WHILE else "nobody else held"
             self._story.append(f"it ran under lock {lock.name!r}, which {freed}")
 
     def _met_a_conflict(self, sender: Any, conflict: TaskConflict, outcome: str, **_: Any) -> None:
@@ -116,7 +116,8 @@ class Observation:
             self._others.add(task.name)
         elif current().ENABLED:
             self._unexplained[task_id] = (
-                "it ran without a lock, as it states none (is its base class AdvisoryTask?)"
+                "it ran without a lock, as it states none (is its base class AdvisoryTask? rules and "
+                "annotations are those of one app, and celery_worker may have another)"
             )
         else:
             self._unexplained[task_id] = "it ran without a lock, as CELERY_PGLOCK['ENABLED'] is False"

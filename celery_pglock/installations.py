@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from inspect import getattr_static
 from types import new_class
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeAlias
 
 from celery._state import (  # type: ignore[attr-defined] # the stubs leave one out
     _get_active_apps,
@@ -23,9 +23,11 @@ from celery_pglock.durations import UNSET
 from celery_pglock.errors import LockMisuse, did_you_mean
 from celery_pglock.held_locks import lock_of
 from celery_pglock.task_classes import LockedTask
-from celery_pglock.task_options import OPTIONS, check_names
+from celery_pglock.task_options import check_names
 
 logger = logging.getLogger(__name__)
+
+Options: TypeAlias = Mapping[str, Any] | None
 
 # Celery's tasks and ours, which only a pattern reaches that begins as their names do.
 RESERVED: Final = ("celery.", "celery_pglock.")
@@ -40,15 +42,17 @@ _specific: Any = firstmethod("annotate")  # type: ignore[arg-type] # the stubs t
 _for_all: Any = firstmethod("annotate_any")  # type: ignore[arg-type]
 
 
-def install(app: Any, rules: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+def install(app: Any, rules: Mapping[str, Options] | None = None) -> None:
     """Lock the tasks of an app whose names match: ``install(app, {"third.*": {"lock_by": ("pk",)}})``.
 
-    Patterns are those of ``fnmatch``; where several give one option to a task, the last one counts. Celery's
-    own tasks are reached by ``"celery.…"`` alone. Call it where the app is made. Without rules the app heeds
-    the lock options in ``task_annotations``, as every app does with ``"celery_pglock"`` in
-    ``INSTALLED_APPS``.
+    Patterns are those of ``fnmatch``; where several give one option to a task, the last one counts, and
+    ``None`` instead of options undoes those before it. Celery's own tasks are reached by ``"celery.…"``
+    alone. Call it where the app is made. Without rules the app heeds the lock options in
+    ``task_annotations``, as every app does with ``"celery_pglock"`` in ``INSTALLED_APPS``.
     """
     installation = heed(app)
+    if not isinstance(rules or {}, Mapping):
+        raise LockMisuse(f"install(): rules are a dict of options by names or patterns, not {rules!r}.")
     for pattern, options in (rules or {}).items():
         _check_rule(pattern, options)
     installation.rules += (rules or {}).items()
@@ -75,14 +79,14 @@ def heed_all_apps() -> None:
     connect_on_app_finalize(heed)
 
 
-class CarriedRules(tuple[tuple[str, Mapping[str, Any]], ...]):
+class CarriedRules(tuple[tuple[str, Options], ...]):
     """The rules of an app, on their way to the children that a worker spawns: with a copy of its settings."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _have_arrived, (tuple(self),)
 
 
-def _have_arrived(rules: tuple[tuple[str, Mapping[str, Any]], ...]) -> CarriedRules:
+def _have_arrived(rules: tuple[tuple[str, Options], ...]) -> CarriedRules:
     # The copy of the app is finalized later.
     connect_on_app_finalize(heed)
     return CarriedRules(rules)
@@ -136,7 +140,7 @@ class Installation:
         options = {name: value for name, value in self._annotations_of(task).items() if _is_of_ours(name)}
         for pattern, given in self.rules:
             if _reaches(pattern, task.name or ""):
-                options |= _with_one_key(given)
+                options = {} if given is None else options | _with_one_key(given)
         return options
 
     def lock_what_is_bound(self, **_: Any) -> None:
@@ -265,13 +269,15 @@ def _check_rule(pattern: Any, options: Any) -> None:
     if not isinstance(pattern, str) or not pattern:
         raise LockMisuse(f"install(): a rule is for the name of a task or a pattern, not for {pattern!r}.")
     where = f"install(), rule {pattern!r}"
+    if options is None:
+        return
     if not isinstance(options, Mapping) or not options:
         raise LockMisuse(f'{where}: a dict of lock options such as {{"lock_timeout": 5}}, not {options!r}.')
     for name in options:
         if not _is_of_ours(str(name)):
             raise LockMisuse(
-                f"{where}: {name!r} is no lock option (task_annotations takes others)."
-                f"{did_you_mean(str(name), OPTIONS)}"
+                f"{where}: {name!r} is no lock option, of which each begins with lock_; task_annotations "
+                f"takes others."
             )
     check_names(options, where)
 

@@ -179,10 +179,12 @@ def registered_name(task: type[Any], app: Any) -> str:
 
 def lock_for(task: Any, /, *args: Any, **kwargs: Any) -> advisory:
     """The lock that a call of this task with these arguments takes; it takes nothing."""
+    if isinstance(task, str):
+        raise LockMisuse(f"lock_for() takes a task, and not its name: app.tasks[{task!r}].")
     options = task.lock_options() if isinstance(task, LockedTask) else None
     if options is None:
         raise LockMisuse(
-            f"{task.name} is not locked: its base class is not AdvisoryTask, and no rule of install() "
-            f"names it."
+            f"{task.name} is not locked: its base class is not AdvisoryTask, and neither a rule of install() "
+            f"nor task_annotations name it."
         )
     return options.lock(args, kwargs)

@@ -14,7 +14,7 @@ from django.test import SimpleTestCase, override_settings
 from django.test.utils import TestContextDecorator
 
 from celery_pglock import leftovers
-from celery_pglock.config import current
+from celery_pglock.config import check_alias, current
 from celery_pglock.errors import LockMisuse, LockNotAcquired
 from celery_pglock.expectations import assert_raised, assert_ran, assert_retried, assert_skipped
 from celery_pglock.keys import Identifier, Key
@@ -131,6 +131,7 @@ def _locks(
         if name := getattr(one, "lock_for", None) and getattr(one, "name", ""):
             raise LockMisuse(f"{function}() takes the lock of a call: {name}.lock_for(...).")
     alias_of_ids = using or current().USING
+    check_alias(alias_of_ids, f"{function}(using=...)" if using else "CELERY_PGLOCK['USING']")
     locks = [
         one if isinstance(one, advisory) else advisory(one, shared=shared, using=alias_of_ids) for one in keys
     ]

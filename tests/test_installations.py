@@ -78,6 +78,21 @@ class TestRules:
         with pytest.raises(LockMisuse, match="lock_key and lock_by both name the key"):
             app.task(name="third.add")(add).apply([1])
 
+    def test_a_rule_of_none_leaves_a_task_out(self, app):
+        app.conf.task_annotations = {"third.out": {"lock_shared": True}}
+        install(app, {"third.*": {"lock_key": "k"}, "third.out": None, "third.o*": {"lock_limit": 2}})
+        assert lock_for(app.task(name="third.in")(add), 1) == advisory("k", timeout=0)
+        assert lock_for(app.task(name="third.out")(add), 1) == advisory("third.out", timeout=0, limit=2)
+        install(app, {"third.o*": None})
+        with pytest.raises(LockMisuse, match=r"third.out is not locked: .* nor task_annotations name it"):
+            lock_for(app.tasks["third.out"])
+
+    def test_a_name_is_no_task(self):
+        with pytest.raises(
+            LockMisuse, match=r"lock_for\(\) takes a task, and not its name: app.tasks\['a'\]"
+        ):
+            lock_for("a")
+
     def test_tasks_that_are_bound_already_are_locked_too(self, app):
         early = app.task(name="third.add")(add)
         before = early.apply([1])
@@ -403,7 +418,8 @@ class TestWhatCannotWork:
         ("rules", "told"),
         [
             ({"third.*": {"lock_kye": "k"}}, "rule 'third.*': there is no option 'lock_kye'.*'lock_key'"),
-            ({"third.*": {"rate_limit": "1/s"}}, "'rate_limit' is no lock option .task_annotations takes"),
+            ({"third.*": {"rate_limit": "1/s"}}, "'rate_limit' is no lock option, .* task_annotations takes"),
+            ([("third.*", {"lock_key": "k"})], "rules are a dict of options by names or patterns"),
             ({"third.*": {}}, "a dict of lock options"),
             ({"third.*": Skip()}, "a dict of lock options"),
             ({"": {"lock_key": "k"}}, "a rule is for the name of a task or a pattern, not for ''"),
