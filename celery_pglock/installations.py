@@ -155,15 +155,16 @@ class Installation:
 
     def lock(self, task: Any) -> None:
         """Lock a task of the app, if there are options for it."""
-        kind = type(task)
-        if not (stated := self.stated(task)):
-            return
-        if not issubclass(kind, LockedTask):
-            self._change_class(task)
-        elif not issubclass(kind, InstalledTask):
+        kind, stated = type(task), self.stated(task)
+        if issubclass(kind, InstalledTask):
+            kind.take_locks()
+        elif stated and issubclass(kind, LockedTask):
             for name, value in stated.items():
                 setattr(kind, name, value)
-        type(task).take_locks()
+            kind.take_locks()
+        elif stated:
+            self._change_class(task)
+            type(task).take_locks()
 
     def in_vain(self) -> Iterator[tuple[str, str]]:
         """Of options for tasks that the app does not have, where they are stated and a sentence each."""
