@@ -7,7 +7,9 @@ from contextvars import ContextVar
 from typing import Any
 
 from celery import current_app
+from celery._state import _get_active_apps  # type: ignore[attr-defined] # the stubs leave it out
 from django.apps import apps
+from django.conf import settings as django_settings
 from django.core import checks
 
 from celery_pglock import config, server_checks, task_checks
@@ -63,12 +65,29 @@ def tasks_can_work(**_: Any) -> list[checks.CheckMessage]:
     # that starts binds its tasks itself, and refuses at once.
     if _binding_all_tasks.get() or current_app.loader.worker_initialized:
         return []
+    if _is_without_its_app():
+        return [_no_app_was_loaded()]
     try:
         locked, refused = _bound()
     except Exception as failure:
         return [_not_read(failure)]
     # Tasks cannot be held against settings that cannot be used, of which settings_can_work() tells.
     return refused if settings_can_work() else [*refused, *task_checks.findings(current_app, locked)]
+
+
+def _is_without_its_app() -> bool:
+    # Whoever uses no Celery has no settings of it, either. Celery makes an app called so if there is none.
+    uses_celery = any(name.startswith("CELERY_") and name != "CELERY_PGLOCK" for name in dir(django_settings))
+    return uses_celery and all(app.main == "default" for app in tuple(_get_active_apps()))
+
+
+def _no_app_was_loaded() -> checks.CheckMessage:
+    return warning(
+        "W013",
+        "No Celery app was loaded when Django started, so that no task is checked.",
+        hint="Import it in the __init__.py of the project: from .celery import app as celery_app.",
+        obj="Celery",
+    )
 
 
 def _not_read(failure: Exception) -> checks.CheckMessage:

@@ -165,6 +165,15 @@ app.worker_main(["worker", "--pool=solo", "-Q", "checked", "--without-gossip", "
         assert names["misspelt"] in ended.stderr or names["misnamed"] in ended.stderr
 
 
+def test_a_project_that_does_not_load_its_celery_app_is_told_so():
+    command = [sys.executable, "-m", "django", "check"]
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.settings", "WITHOUT_THE_ADMIN": "yes"}
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert parsed(ended.stderr) == {
+        ("W013", "Celery"): "No Celery app was loaded when Django started, so that no task is checked."
+    }
+
+
 class TestSettingsThatDoNotGoWithATask:
     def test_the_projects_timeout_outlasts_time_limits(self, app, add, pglock_settings):
         pglock_settings(TIMEOUT=120)
