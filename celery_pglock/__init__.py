@@ -19,7 +19,7 @@ from celery_pglock.modes import (
 from celery_pglock.priority import Cancel, PrioritizeSideEffect, Terminate, prioritize
 from celery_pglock.side_effects import Raise, Retry, Return, SideEffect, Skip
 from celery_pglock.task_classes import AdvisoryTask, XactAdvisoryTask, lock_for
-from celery_pglock.task_options import ALL_ARGUMENTS
+from celery_pglock.task_keys import ALL_ARGUMENTS
 from celery_pglock.timeouts import timeout
 
 __version__ = "0.1.0"
