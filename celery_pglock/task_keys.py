@@ -95,7 +95,7 @@ class TaskKey:
 
 
 def task_key(task: type[Any], key: Any, by: Any) -> TaskKey:
-    """The key by the options ``lock_key`` and ``lock_by`` of a task class; ``LockMisuse`` if it cannot work."""
+    """The key of a task class by two of its options; ``LockMisuse`` says what cannot work."""
     if key is not UNSET and by is not UNSET:
         raise _wrong(task, "lock_key and lock_by both name the key: use one of them.")
     signature = _signature(task)
