@@ -513,9 +513,9 @@ def test_a_long_queue_takes_a_line_for_each_and_not_for_each_way_to_it():
 @pytest.mark.long
 @pytest.mark.parametrize("order", [1, -1])
 def test_whoever_is_late_in_a_long_queue_is_told_everybody_before_him_once(order):
-    queue = [wait(waiter, blocker) for waiter in range(2, 602) for blocker in range(1, waiter)]
-    lines = [line for one in Waits(queue[::order], {}, {}).obstacles(601) for line in one.lines(1)]
-    assert len(lines) == 2 * 600
+    queue = [wait(waiter, blocker) for waiter in range(2, 302) for blocker in range(1, waiter)]
+    lines = [line for one in Waits(queue[::order], {}, {}).obstacles(301) for line in one.lines(1)]
+    assert len(lines) == 2 * 300
 
 
 def test_a_chain_is_followed_to_its_root():

@@ -18,6 +18,8 @@ PAGE = ROOT / "docs" / "how-to" / "test-your-tasks.md"
 # As an installation of the package has it.
 ENTRY_POINTS = "[pytest11]\ncelery_pglock = pytest_celery_pglock\n"
 
+pytestmark = pytest.mark.long
+
 SETTINGS = """
 import os
 
@@ -48,7 +50,7 @@ import pytest
 from celery_pglock import advisory
 from celery_pglock.testing import lock_free
 
-pytestmark = [pytest.mark.django_db, pytest.mark.long]
+pytestmark = pytest.mark.django_db
 
 
 @pytest.fixture(scope="module")
