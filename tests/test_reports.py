@@ -407,7 +407,7 @@ def test_a_table_that_somebody_locks_costs_what_is_in_it_and_no_time(table, unre
     assert not any(seen)
     assert seen
     assert [one["kind"] for one in told["findings"]] == ["held_too_long"]
-    assert [one.partition(":")[0] for one in told["unread"]] == unread
+    assert [one.partition(":")[0] for one in told["unread"]] == unread, told["unread"]
     assert all("it is taken" in one for one in told["unread"])
     assert (told["skipped"] is None) == (table == "celery_pglock_skipcount")
     assert log()[1:] == [("WARNING", f"Locks of alias 'default', not told: {one}") for one in told["unread"]]
