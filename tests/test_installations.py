@@ -231,6 +231,29 @@ class TestRules:
             tests_app.tasks.pop("third.pickled")
             heed(tests_app).rules.pop()
 
+    def test_a_copy_of_the_app_in_another_process_has_its_rules(self):
+        begin = """
+import pickle, sys
+from celery import Celery, shared_task; from celery.signals import worker_init
+from django.conf import settings; settings.configure()
+"""
+        gives = f"""{begin}from celery_pglock import install
+app = Celery("project")
+install(app, {{"third.*": {{"lock_key": "k"}}}})
+worker_init.send(sender=type("Worker", (), {{"app": app, "task_events": False}}))
+sys.stdout.buffer.write(pickle.dumps(app))
+"""
+        takes = f"""{begin}
+@shared_task(name="third.add")
+def add(a): pass
+app = pickle.load(sys.stdin.buffer)
+app.finalize()
+print(type(app.tasks["third.add"]).__mro__[1].__name__)
+"""
+        run = partial(subprocess.run, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+        copied = run([sys.executable, "-c", gives]).stdout
+        assert run([sys.executable, "-c", takes], input=copied).stdout == b"InstalledTask\n"
+
     def test_celerys_own_tasks_are_reached_by_their_own_pattern_alone(self, app):
         # The app has the shared tasks of other tests, too, and no option for all must be in their way.
         app.conf.task_annotations = {"*": {"lock_on_direct_call": True}}
