@@ -22,7 +22,7 @@ from celery_pglock import hooks
 from celery_pglock.durations import UNSET
 from celery_pglock.errors import LockMisuse, did_you_mean
 from celery_pglock.held_locks import lock_of
-from celery_pglock.task_classes import LockedTask
+from celery_pglock.task_classes import LockedTask, objects_of
 from celery_pglock.task_options import check_names
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Installation:
         """What Celery is to set on a task class that it binds."""
         given = {name: value for name, value in self._annotations_of(task).items() if not _is_of_ours(name)}
         if issubclass(task, LockedTask):
-            given |= self.stated(next(iter(_objects_of(task, self.app)), task))
+            given |= self.stated(next(iter(objects_of(task, self.app)), task))
         return given | {"on_bound": _on_bound(task)}
 
     def stated(self, task: Any) -> dict[str, Any]:
@@ -231,18 +231,10 @@ def _on_bound(task: type[Any]) -> Any:
         its_own.__get__(None, cls)(app)
         installation = _installation_of(app)
         if installation is not None and not issubclass(cls, InstalledTask):
-            for one in _objects_of(cls, app):
+            for one in objects_of(cls, app):
                 installation.lock(one)
 
     return classmethod(on_bound)
-
-
-def _objects_of(task: type[Any], app: Any) -> tuple[Any, ...]:
-    """The tasks of the app that are of this very class."""
-    named = app._tasks.get(task.name)
-    if type(named) is task:
-        return (named,)
-    return tuple(one for one in tuple(app._tasks.values()) if type(one) is task)
 
 
 def _installation_of(app: Any) -> Installation | None:

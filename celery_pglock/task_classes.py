@@ -173,8 +173,15 @@ class XactAdvisoryTask(AdvisoryTask):
 
 def registered_name(task: type[Any], app: Any) -> str:
     """The name of a task class, which may be that of its only object; empty if it has none."""
-    named = (one.name for one in tuple(app._tasks.values()) if type(one) is task)
-    return str(task.name or next(named, ""))
+    return str(task.name or next((one.name for one in objects_of(task, app)), ""))
+
+
+def objects_of(task: type[Any], app: Any) -> tuple[Any, ...]:
+    """The tasks of the app that are of this very class."""
+    named = app._tasks.get(task.name)
+    if type(named) is task:
+        return (named,)
+    return tuple(one for one in tuple(app._tasks.values()) if type(one) is task)
 
 
 def lock_for(task: Any, /, *args: Any, **kwargs: Any) -> advisory:
