@@ -305,13 +305,13 @@ class TestEvents:
     def test_a_broker_that_never_answers_holds_nobody_up(self, caplog):
         with socket.create_server(("127.0.0.1", 0)) as never_answers:
             port = never_answers.getsockname()[1]
-            once = {"max_retries": 1, "interval_start": 0, "socket_timeout": 0.5}
+            once = {"max_retries": 1, "interval_start": 0, "socket_timeout": 3}
             elsewhere = Celery(broker=f"redis://127.0.0.1:{port}", broker_transport_options=once)
             outbox = events.Outbox(elsewhere)
             before = time.monotonic()
             for _ in range(events.MOST_THAT_WAIT + 500):
                 outbox.put("here", "pglock-acquired", {"uuid": "1"})
-            assert time.monotonic() - before < 0.4
+            assert time.monotonic() - before < 2
         (complaint,) = [line for line in caplog.messages if "was not sent" in line]
         assert "others wait for the broker" in complaint
 
