@@ -21,7 +21,7 @@ from celery_pglock.durations import UNSET, MaybeSeconds
 from celery_pglock.errors import LockLost, LockMisuse
 from celery_pglock.fences import Handover, Token
 from celery_pglock.keys import Key
-from celery_pglock.labels import Holding, Owner
+from celery_pglock.labels import NOBODY, Holding, Owner
 from celery_pglock.lifelines import GIVE_UP
 from celery_pglock.pool import pool
 from celery_pglock.raw_connections import cancel, check_vendor, on_standby
@@ -30,8 +30,6 @@ from celery_pglock.statements import Statement
 from celery_pglock.voices import REFUSALS, TIMED_OUT, Refused
 
 logger = logging.getLogger(__name__)
-
-NOBODY = Owner()
 
 TAKEN = "it is taken"
 ENDED = "PostgreSQL ended the wait"
@@ -345,7 +343,7 @@ class Claim:
                 f"transaction-level locks are on another session. Take both at the same level."
             )
 
-    def _labelled(self, statement: Statement, owner: Owner) -> tuple[str, list[int | str]]:
+    def _labelled(self, statement: Statement, owner: Owner) -> tuple[str, tuple[Any, ...]]:
         """The statement with what tells a task's transaction from others, to the end of the transaction."""
         if not owner.task_id:
             return f"SELECT pg_is_in_recovery(), {statement.select}", statement.parameters
@@ -353,7 +351,7 @@ class Claim:
         comment = labels.comment(owner, holdings, show_names=current().SHOW_NAMES)
         name = labels.application_name(labels.WORK_CONNECTION, owner.task_id)
         columns = f"pg_is_in_recovery(), set_config('application_name', %s, true), {statement.select}"
-        return f"{comment.replace('%', '%%')} SELECT {columns}", [name, *statement.parameters]
+        return f"{comment.replace('%', '%%')} SELECT {columns}", (name, *statement.parameters)
 
     def _timeout_in_force(self) -> float | None:
         if self.xact:
@@ -361,7 +359,7 @@ class Claim:
                 cursor.execute(LOCK_TIMEOUT_IN_FORCE)
                 milliseconds = cursor.fetchone()[0]
         else:
-            session = pool().lease(self.using, Owner())
+            session = pool().lease(self.using, NOBODY)
             try:
                 milliseconds = session.rows(LOCK_TIMEOUT_IN_FORCE, [])[0][0]
             finally:

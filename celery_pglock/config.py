@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from typing import Any
 
@@ -121,21 +121,43 @@ class Settings:
         return seconds(self.LEASE, "CELERY_PGLOCK['LEASE']") or 0.0
 
 
+_checked: tuple[dict[str, Any], Settings] | None = None
+
+
 def current() -> Settings:
     """The settings as they are now: read at each call, so that tests may override them."""
+    global _checked
     given: dict[str, Any] = getattr(django_settings, "CELERY_PGLOCK", {})
+    # Each lock asks, and nearly always they are those of the last time: the very same values.
+    if _checked is not None and isinstance(given, dict):
+        before, settings = _checked
+        if given.keys() == before.keys() and all(given[name] is before[name] for name in before):
+            return settings
+    settings = _checked_settings(given)
+    _checked = (dict(given), settings)
+    return settings
+
+
+def with_django_pglocks() -> Settings:
+    """The current settings, completed by those of django-pglock."""
+    settings = current()
+    given = getattr(django_settings, "CELERY_PGLOCK", {})
+    theirs = {
+        name: getattr(django_settings, old)
+        for name, old in OF_DJANGO_PGLOCK.items()
+        if name not in given and hasattr(django_settings, old)
+    }
+    return replace(settings, **theirs)
+
+
+def _checked_settings(given: Any) -> Settings:
     if not isinstance(given, dict):
         raise LockMisuse(f"The setting CELERY_PGLOCK must be a dict, not {given!r}.")
     known = [setting.name for setting in fields(Settings)]
     for name in given:
         if name not in known:
             raise LockMisuse(f"CELERY_PGLOCK has no key {name!r}.{did_you_mean(str(name), known)}")
-    theirs = {
-        name: getattr(django_settings, old)
-        for name, old in OF_DJANGO_PGLOCK.items()
-        if hasattr(django_settings, old)
-    }
-    settings = Settings(**(theirs | given))
+    settings = Settings(**given)
     for name in ("SHOW_NAMES", "ENABLED", "STRICT"):
         if not isinstance(getattr(settings, name), bool):
             raise LockMisuse(
@@ -170,7 +192,7 @@ def chosen(name: str | None, overrides: Mapping[str, Any]) -> Chosen:
 
     A limit of 0 is given; and one way to stop backends takes the place of the other.
     """
-    settings = current()
+    settings = with_django_pglocks()
     options: dict[str, Any] = {}
     if name is not None:
         configs = settings.CONFIGS

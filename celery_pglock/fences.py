@@ -110,14 +110,14 @@ def take(taking: Statement, keys: Sequence[Key], task_id: str, lease: float) -> 
     names = [f"column_{number}" for number in range(len(taking.columns) - 1)]
     return Statement(
         opening=TAKE.format(names=", ".join([*names, "answer"]), select=taking.select),
-        opening_parameters=[
+        opening_parameters=(
             *taking.parameters,
             *_columns(keys),
             str(milliseconds(row_timeout(lease))),
             lease,
             task_id[:LONGEST_TASK_ID],
-        ],
-        columns=["timeline", "number", "unclean_lease", "left_by", *names[-1:], "answer"],
+        ),
+        columns=("timeline", "number", "unclean_lease", "left_by", *names[-1:], "answer"),
         source=FOUND,
     )
 
@@ -132,7 +132,7 @@ def give_back(giving: Statement, tokens: Mapping[Key, Token], lease: float) -> S
     """Note in the rows that their holder leaves in order, and only then give back as this statement does."""
     return Statement(
         opening=GIVE_BACK,
-        opening_parameters=[str(milliseconds(row_timeout(lease))), *_columns_with_tokens(tokens)],
+        opening_parameters=(str(milliseconds(row_timeout(lease))), *_columns_with_tokens(tokens)),
         columns=giving.columns,
         source=" FROM (SELECT count(*) FROM cleaned) AS cleaned",
         parameters=giving.parameters,

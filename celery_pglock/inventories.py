@@ -48,24 +48,38 @@ class Inventory:
     def put_in(self, keys: Iterable[Key], *, shared: bool) -> None:
         now = time.time()
         for key in keys:
-            self._counts[key, shared] = self._counts.get((key, shared), 0) + 1
+            counted = (key, shared)
+            self._counts[counted] = self._counts.get(counted, 0) + 1
             self._since.setdefault(key, now)
 
     def take_out(self, keys: Iterable[Key], *, shared: bool) -> None:
         for key in keys:
-            self._counts[key, shared] -= 1
-            if not self._counts[key, shared]:
-                del self._counts[key, shared]
+            counted = (key, shared)
+            left = self._counts.pop(counted) - 1
+            if left:
+                self._counts[counted] = left
+            elif (key, not shared) not in self._counts:
+                del self._since[key]
+
+    def take_out_tokens(self, keys: Iterable[Key]) -> dict[Key, Token]:
+        """The tokens of those of the keys that have one, which they lose."""
+        return {key: self.tokens.pop(key) for key in keys if key in self.tokens} if self.tokens else {}
 
     def clear(self) -> None:
         self._counts.clear()
+        self._since.clear()
 
-    def holdings(self, fresh: Iterable[Key] = (), but: Sequence[Key] = ()) -> list[Holding]:
-        """What a label tells: all that it has and ``fresh`` ones, which it asks for, ``but`` some."""
-        held = {key for key, _ in self._counts}
-        self._since = {key: since for key, since in self._since.items() if key in held}
-        told = sorted((held | set(fresh)).difference(but))
-        return [Holding(key, self._since.get(key)) for key in told]
+    def holdings(self, fresh: Iterable[Key] = ()) -> list[Holding]:
+        """What a label tells: all that it has, and ``fresh`` ones, which it asks for."""
+        told = {**dict.fromkeys(fresh), **self._since}
+        return [Holding(key, since) for key, since in sorted(told.items())]
+
+    def holdings_without(self, keys: Sequence[Key], *, shared: bool) -> list[Holding]:
+        """What a label tells while these are given back, which are held once in this mode."""
+        if len(keys) == len(self._counts):
+            return []
+        gone = {key for key in keys if (key, not shared) not in self._counts}
+        return [holding for holding in self.holdings() if holding.key not in gone]
 
 
 def names(keys: Iterable[Key]) -> str:

@@ -34,6 +34,10 @@ class Key:
     objid: int
     name: str = field(compare=False)
 
+    def __hash__(self) -> int:
+        # Each lock is looked up by it many times. The halves are those of a hash already, or small numbers.
+        return self.objid ^ self.classid
+
     @property
     def arguments(self) -> tuple[int, ...]:
         """What PostgreSQL's lock functions take: one signed int8, or two signed int4."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Final
 from urllib.parse import quote, unquote
 
 from celery_pglock.keys import Key
@@ -15,6 +17,9 @@ from celery_pglock.keys import Key
 # NAMEDATALEN - 1: PostgreSQL cuts application_name here.
 LONGEST_APPLICATION_NAME = 63
 LONGEST_NAME = 200
+
+# The names of tasks and workers come back in every label.
+MOST_TEXTS = 256
 
 # The first second, since the epoch, that a datetime cannot tell: year 10000 in UTC.
 END_OF_TIME = 253402300800
@@ -36,6 +41,9 @@ class Owner:
     task_id: str = ""
     worker: str = ""
     priority: int = 0
+
+
+NOBODY: Final = Owner()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +68,9 @@ class Label:
 def application_name(kind: str, task_id: str) -> str:
     """``pglock:<task id>`` or ``celery:<task id>``, cut to what PostgreSQL keeps of it."""
     name = f"{kind}:{task_id}" if task_id else kind
-    printable = "".join(character if " " <= character <= "~" else "?" for character in name)
-    return printable[:LONGEST_APPLICATION_NAME]
+    if not (name.isascii() and name.isprintable()):
+        name = "".join(character if " " <= character <= "~" else "?" for character in name)
+    return name[:LONGEST_APPLICATION_NAME]
 
 
 def task_id_of(application_name: str) -> str:
@@ -76,14 +85,14 @@ def comment(owner: Owner, holdings: Iterable[Holding], *, show_names: bool) -> s
     Percent-encoding leaves nothing in it that could end the comment or start a statement. It stands
     before the statement, because ``pg_stat_activity`` cuts a query's end.
     """
-    words = [f"task={encoded(owner.task_name)}", f"id={encoded(owner.task_id)}"]
-    words.append(f"worker={encoded(owner.worker)}")
+    keys = ""
     for holding in holdings:
         key = holding.key
         name = encoded(key.name) if show_names else ""
         since = "" if holding.since is None else f"{holding.since:.3f}"
-        words.append(f"key={key.objsubid}:{key.classid}:{key.objid}:{since}:{name}")
-    return f"/*pglock:1 {' '.join(words)}*/"
+        keys += f" key={key.objsubid}:{key.classid}:{key.objid}:{since}:{name}"
+    task, task_id, worker = encoded(owner.task_name), encoded(owner.task_id), encoded(owner.worker)
+    return f"/*pglock:1 task={task} id={task_id} worker={worker}{keys}*/"
 
 
 def read(query: str) -> Label | None:
@@ -125,6 +134,11 @@ def _moment(text: str) -> float | None:
 
 def encoded(text: str) -> str:
     """A text as a label has it: percent-encoded, and cut at ``LONGEST_NAME`` bytes before."""
+    return _encoded(text[:LONGEST_NAME])
+
+
+@lru_cache(MOST_TEXTS)
+def _encoded(text: str) -> str:
     cut = text.encode("utf-8", "surrogatepass")[:LONGEST_NAME]
     return quote(cut.decode("utf-8", "ignore"), safe="")
 

@@ -6,10 +6,14 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Final
 
 import psycopg
-from django.db import DatabaseError, OperationalError, connections
+from django.db import OperationalError, connections
+from psycopg import generators
+from psycopg.adapt import PyFormat, Transformer
+from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus, TransactionStatus
 
 from celery_pglock import polls
@@ -20,6 +24,16 @@ from celery_pglock.raw_connections import cancel, shut_down
 # server ends the session after a whole one, which it counts from later than the holder does.
 BEAT: Final = 1 / 6
 GIVE_UP: Final = 0.6
+
+MOST_TEXTS = 128
+
+
+@lru_cache(MOST_TEXTS)
+def _numbered(sql: str) -> str:
+    """The text with libpq's placeholders."""
+    first, *others = sql.split("%s")
+    numbered = [f"${number}{text}" for number, text in enumerate(others, 1)]
+    return "".join([first, *numbered]).replace("%%", "%")
 
 
 class Lifeline:
@@ -45,6 +59,7 @@ class Lifeline:
         self.speaking = threading.RLock()
         # A descriptor of our own, because libpq closes its own as it likes, and its number goes to others.
         self.socket = os.dup(connection.fileno())
+        self._adapted = Transformer(connection)
         self._closing = threading.Lock()
         self._heard_at = now()
         self._is_asking = False
@@ -85,32 +100,48 @@ class Lifeline:
     def _silence(self) -> float:
         return now() - self._heard_at
 
-    def ask(self, sql: str, parameters: Sequence[object], *, wait: float | None = 0) -> list[tuple[Any, ...]]:
+    def ask(
+        self, sql: str, parameters: Sequence[object], *, label: str = "", wait: float | None = 0
+    ) -> list[tuple[Any, ...]]:
         """The rows of a statement that may take the server ``wait`` seconds; ``None`` sets no bound.
+
+        Its text is ``label``, another one each time, and ``sql``, which has psycopg's placeholders.
 
         Raises Django's errors. If the server does not answer in time the watcher shuts the line down, which
         is an OperationalError here.
         """
-        self._await_beat()
+        if self._beat_at is not None:
+            self._await_beat()
         if self.loss:
             raise OperationalError(f"The lock session is lost: {self.loss}.")
         sent = now()
         self._answer_by = None if wait is None else sent + wait + GIVE_UP * self.lease
         self._is_asking = True
         try:
+            rows = self._answer(label + _numbered(sql), parameters)
+        except psycopg.Error as error:
+            # A refusal is an answer, too.
+            if error.sqlstate and not self.is_closed:
+                self._heard_at = sent
             # Asked for each time: Django's wrapper belongs to a thread, and a session goes between them.
             with connections[self.alias].wrap_database_errors:
-                rows = self.connection.execute(sql, parameters).fetchall()
-        except DatabaseError as error:
-            # A refusal is an answer, too.
-            if getattr(error.__cause__, "sqlstate", None) and not self.is_closed:
-                self._heard_at = sent
-            raise
+                raise
         finally:
             self._is_asking = False
             self._answer_by = None
         self._heard_at = sent
         return rows
+
+    def _answer(self, sql: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
+        # What a cursor of psycopg's does, without looking for placeholders in a text that is never the same.
+        adapted, pgconn = self._adapted, self.connection.pgconn
+        values = adapted.dump_sequence(parameters, [PyFormat.TEXT] * len(parameters))
+        pgconn.send_query_params(sql.encode(), values, adapted.types)
+        *_, result = self.connection.wait(generators.execute(pgconn))
+        if result.status != ExecStatus.TUPLES_OK:
+            raise error_from_result(result, encoding=self.connection.info.encoding)
+        adapted.set_pgresult(result)
+        return adapted.load_rows(0, result.ntuples, tuple)
 
     def was_answered_after(self, seconds: float) -> None:
         """The server took so long for the last statement, and only then began to wait for the next."""

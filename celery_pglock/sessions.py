@@ -18,7 +18,7 @@ from celery_pglock.errors import LockLost, LockMisuse
 from celery_pglock.fences import Handover, Token
 from celery_pglock.inventories import Inventory, names
 from celery_pglock.keys import Key
-from celery_pglock.labels import Holding, Owner
+from celery_pglock.labels import NOBODY, Holding, Owner
 from celery_pglock.lifelines import BEAT, Lifeline
 from celery_pglock.raw_connections import connect
 from celery_pglock.statements import Statement
@@ -49,7 +49,7 @@ def check_alias(alias: str, *, strict: bool) -> None:
 
     With ``strict`` also one that cannot keep tokens. Raises ``LockMisuse`` and Django's errors.
     """
-    session = LockSession(alias, Owner())
+    session = LockSession(alias, NOBODY)
     try:
         if strict and session.rows(fences.HAS_TABLE, []) != [(True,)]:
             raise no_table(alias)
@@ -189,14 +189,14 @@ class LockSession:
         with self._line.speaking:
             self.check()
             fresh = [key for key in keys if not self._held.has(key, shared=shared)]
-            without_token = [key for key in keys if strict and key not in self._held.tokens]
+            without_token = [key for key in keys if key not in self._held.tokens] if strict else ()
             found: Handover | None = None
             try:
                 if fresh or without_token:
                     row = self._take(fresh, without_token, shared=shared, timeout=timeout)
                     if row is None:
                         return None
-                    found = self._note_tokens(without_token, row[1:])
+                    found = self._note_tokens(without_token, row)
                 self._held.put_in(keys, shared=shared)
             except Refused:
                 self._give_back_gains(fresh, shared=shared, strict=strict)
@@ -204,7 +204,8 @@ class LockSession:
             except BaseException:
                 self.abandon()
                 raise
-            return Gain(tuple(keys), {key: self._held.tokens[key] for key in keys if strict}, found)
+            tokens = {key: self._held.tokens[key] for key in keys} if strict else {}
+            return Gain(tuple(keys), tokens, found)
 
     def take_slots(self, slots_by_key: Sequence[Sequence[Key]]) -> Gain | None:
         """Take one free slot of every key, or none; the gain's keys are the slots taken.
@@ -272,7 +273,7 @@ class LockSession:
         """Keep it for whoever needs a session next."""
         if statement := self._voice.no_longer_telling():
             self._give_back_marker(statement)
-        self._voice.owner = Owner()
+        self._voice.owner = NOBODY
         self.to_be_told.clear()
         self._idle_since = clocks.now()
 
@@ -336,7 +337,7 @@ class LockSession:
         waits = bool(fresh) and timeout != 0
         wait: float | None = 0.0
         if not fresh:
-            statement = Statement(columns=["true"])
+            statement = Statement(("true",))
         elif waits:
             statement = statements.take_waiting(fresh, shared=shared, xact=False, timeout=timeout)
             wait = timeout if isinstance(timeout, float | int) else None
@@ -366,9 +367,9 @@ class LockSession:
         last = self._held.last_of(keys, shared=shared)
         kept: bool | None = True
         if last:
-            remaining = self._held.holdings(but=last)
+            remaining = self._held.holdings_without(last, shared=shared)
             statement = self._voice.guarded(statements.give_back(last, shared=shared))
-            tokens = {key: self._held.tokens.pop(key) for key in last if key in self._held.tokens}
+            tokens = self._held.take_out_tokens(last)
             kept = self._leave_in_order(statement, tokens, remaining) if tokens and in_order else None
             if kept is None:
                 kept = self._voice.answer(statement, remaining)[-1]

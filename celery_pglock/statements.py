@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Final
 
 from celery_pglock.durations import UNSET, MaybeSeconds, milliseconds
 from celery_pglock.keys import INT8, Key
@@ -14,35 +15,66 @@ REMAINING_TIMEOUT = (
     "set_config('lock_timeout', greatest(1, %s - floor(1000 * extract("
     "epoch FROM clock_timestamp() - statement_timestamp())))::bigint::text, true)"
 )
-
+WHOLE_TIMEOUT = "set_config('lock_timeout', %s::int::text, true)"
 
 # How long the server took for what stands before it in the statement, in seconds.
 ELAPSED = "extract(epoch FROM clock_timestamp() - statement_timestamp())::float8"
 
+# Stands for any timeout that ends.
+SOME_SECONDS: Final = 1.0
 
-@dataclass(slots=True)
+# Of a shape, which is the same for all keys: a project has few, and those of many keys are long.
+MOST_SHAPES = 64
+
+
+@dataclass(frozen=True, slots=True)
 class Statement:
     """The columns of a SELECT with their parameters; the last column of its one row is the answer."""
 
-    columns: list[str] = field(default_factory=list)
+    columns: tuple[str, ...]
+    parameters: tuple[Any, ...] = ()
     source: str = ""
-    parameters: list[Any] = field(default_factory=list)
     opening: str = ""
     """What stands before the word SELECT, with parameters of its own."""
-    opening_parameters: list[Any] = field(default_factory=list)
+    opening_parameters: tuple[Any, ...] = ()
 
     @property
     def select(self) -> str:
         """What follows the word SELECT."""
         return f"{', '.join(self.columns)}{self.source}"
 
-    def call(self, function: str, key: Key) -> str:
-        self.parameters.extend(key.arguments)
-        return f"{function}(%s::bigint)" if key.objsubid == INT8 else f"{function}(%s::int, %s::int)"
+    def after(self, column: str, *parameters: Any) -> Statement:
+        """The statement, which does this first."""
+        return replace(self, columns=(column, *self.columns), parameters=(*parameters, *self.parameters))
 
-    def having(self, sql: str, *parameters: int) -> str:
-        self.parameters.extend(parameters)
+
+@dataclass(slots=True)
+class _Shape:
+    """A statement for any keys in these of the two key spaces, one for each position."""
+
+    spaces: Sequence[int]
+    columns: tuple[str, ...] = ()
+    source: str = ""
+    asks_for: list[int | None] = field(default_factory=list)
+    """Of which position's key the next parameters are; ``None`` for the timeout in milliseconds."""
+
+    def call(self, function: str, position: int) -> str:
+        self.asks_for.append(position)
+        return f"{function}(%s::bigint)" if self.spaces[position] == INT8 else f"{function}(%s::int, %s::int)"
+
+    def having(self, sql: str) -> str:
+        self.asks_for.append(None)
         return sql
+
+    def of(self, keys: Sequence[Key], timeout: float = 0) -> Statement:
+        parameters: list[int] = []
+        for position in self.asks_for:
+            parameters += (milliseconds(timeout),) if position is None else keys[position].arguments
+        return Statement(self.columns, tuple(parameters), self.source)
+
+
+def _spaces(keys: Sequence[Key]) -> tuple[int, ...]:
+    return tuple([key.objsubid for key in keys])
 
 
 def _function(name: str, *, shared: bool, xact: bool = False) -> str:
@@ -55,23 +87,28 @@ def take_at_once(keys: Sequence[Key], *, shared: bool, xact: bool) -> Statement:
     What was gained before a busy key is given back in the same statement, in reverse. A
     transaction-level lock cannot be given back: its partial gains end with the savepoint around it.
     """
-    statement = Statement()
+    return _taking_at_once(_spaces(keys), shared=shared, xact=xact).of(keys)
+
+
+@lru_cache(MOST_SHAPES)
+def _taking_at_once(spaces: Sequence[int], *, shared: bool, xact: bool) -> _Shape:
+    shape = _Shape(spaces)
     take = _function("try_advisory_lock", shared=shared, xact=xact)
     unlock = _function("advisory_unlock", shared=shared)
 
     def rest(position: int) -> str:
-        taken = statement.call(take, keys[position])
-        if position == len(keys) - 1:
+        taken = shape.call(take, position)
+        if position == len(spaces) - 1:
             return taken
         others = rest(position + 1)
         if xact:
             return f"CASE WHEN {taken} THEN {others} ELSE false END"
         # IS NULL makes a false of the answer without PostgreSQL folding the call away.
-        undo = f"{statement.call(unlock, keys[position])} IS NULL"
+        undo = f"{shape.call(unlock, position)} IS NULL"
         return f"CASE WHEN {taken} THEN CASE WHEN {others} THEN true ELSE {undo} END ELSE false END"
 
-    statement.columns = [rest(0)]
-    return statement
+    shape.columns = (rest(0),)
+    return shape
 
 
 def take_slots(slots_by_key: Sequence[Sequence[Key]], *, xact: bool) -> Statement:
@@ -79,31 +116,34 @@ def take_slots(slots_by_key: Sequence[Sequence[Key]], *, xact: bool) -> Statemen
 
     All or nothing, as ``take_at_once``.
     """
-    statement = Statement()
+    shape = _taking_slots(tuple([_spaces(slots) for slots in slots_by_key]), xact=xact)
+    return shape.of([slot for slots in slots_by_key for slot in slots])
+
+
+@lru_cache(MOST_SHAPES)
+def _taking_slots(spaces_by_key: Sequence[Sequence[int]], *, xact: bool) -> _Shape:
+    shape = _Shape([space for spaces in spaces_by_key for space in spaces])
     take = _function("try_advisory_lock", shared=False, xact=xact)
 
-    def rest(position: int) -> str:
-        if position == len(slots_by_key):
+    def rest(key: int, first: int) -> str:
+        if key == len(spaces_by_key):
             return "'{}'::int[]"
-        slots = slots_by_key[position]
+        slots = range(len(spaces_by_key[key]))
         undo = ""
         if not xact:
-            calls = [
-                f"WHEN {number} THEN {statement.call('pg_advisory_unlock', slot)}"
-                for number, slot in enumerate(slots)
-            ]
+            calls = [f"WHEN {slot} THEN {shape.call('pg_advisory_unlock', first + slot)}" for slot in slots]
             undo = f" WHEN CASE slot {' '.join(calls)} END IS NULL THEN '{{}}'"
-        tries = [f"WHEN {statement.call(take, slot)} THEN {number}" for number, slot in enumerate(slots)]
+        tries = [f"WHEN {shape.call(take, first + slot)} THEN {slot}" for slot in slots]
         # OFFSET 0 keeps PostgreSQL from evaluating a subquery's calls more than once.
         return (
             f"(SELECT CASE WHEN others IS NOT NULL THEN slot || others WHEN slot IS NULL THEN NULL{undo} END"
             f" FROM (SELECT CASE {' '.join(tries)} END AS slot OFFSET 0) AS mine,"
-            f" LATERAL (SELECT CASE WHEN slot IS NOT NULL THEN {rest(position + 1)} END AS others OFFSET 0)"
-            f" AS theirs)"
+            f" LATERAL (SELECT CASE WHEN slot IS NOT NULL THEN {rest(key + 1, first + len(slots))} END"
+            f" AS others OFFSET 0) AS theirs)"
         )
 
-    statement.columns = [rest(0)]
-    return statement
+    shape.columns = (rest(0, 0),)
+    return shape
 
 
 def take_waiting(keys: Sequence[Key], *, shared: bool, xact: bool, timeout: MaybeSeconds) -> Statement:
@@ -113,27 +153,39 @@ def take_waiting(keys: Sequence[Key], *, shared: bool, xact: bool, timeout: Mayb
     transaction of somebody else's, the setting is put back as it was. The column before the answer tells
     how long the server took, in seconds.
     """
-    statement = Statement()
+    if isinstance(timeout, float | int):
+        return _taking_waiting(_spaces(keys), SOME_SECONDS, shared=shared, xact=xact).of(keys, timeout)
+    return _taking_waiting(_spaces(keys), timeout, shared=shared, xact=xact).of(keys)
+
+
+@lru_cache(MOST_SHAPES)
+def _taking_waiting(spaces: Sequence[int], timeout: MaybeSeconds, *, shared: bool, xact: bool) -> _Shape:
+    shape = _Shape(spaces)
     lock = _function("advisory_lock", shared=shared, xact=xact)
-    columns = statement.columns
-    for position, key in enumerate(keys):
-        if timeout is None and not position:
+    columns = []
+    for position in range(len(spaces)):
+        if timeout is SOME_SECONDS:
+            columns.append(shape.having(REMAINING_TIMEOUT if position else WHOLE_TIMEOUT))
+        elif timeout is None and not position:
             columns.append("set_config('lock_timeout', '0', true)")
-        elif isinstance(timeout, float):
-            columns.append(statement.having(REMAINING_TIMEOUT, milliseconds(timeout)))
-        columns.append(statement.call(lock, key))
+        columns.append(shape.call(lock, position))
     if xact and timeout is not UNSET:
         columns.append("set_config('lock_timeout', before, true)")
-        statement.source = " FROM (SELECT current_setting('lock_timeout') AS before OFFSET 0) AS settings"
-    columns += [ELAPSED, "true"]
-    return statement
+        shape.source = " FROM (SELECT current_setting('lock_timeout') AS before OFFSET 0) AS settings"
+    shape.columns = (*columns, ELAPSED, "true")
+    return shape
 
 
 def give_back(keys: Sequence[Key], *, shared: bool) -> Statement:
     """Give the keys back in reverse; answers whether the session had every one of them."""
-    statement = Statement()
+    return _giving_back(_spaces(keys), shared=shared).of(keys)
+
+
+@lru_cache(MOST_SHAPES)
+def _giving_back(spaces: Sequence[int], *, shared: bool) -> _Shape:
+    shape = _Shape(spaces)
     unlock = _function("advisory_unlock", shared=shared)
+    answers = [shape.call(unlock, position) for position in reversed(range(len(spaces)))]
     # An array, because AND would skip the rest after the first false.
-    answers = ", ".join(statement.call(unlock, key) for key in reversed(keys))
-    statement.columns = [f"true = ALL (ARRAY[{answers}])"]
-    return statement
+    shape.columns = (answers[0] if len(answers) == 1 else f"true = ALL (ARRAY[{', '.join(answers)}])",)
+    return shape

@@ -12,7 +12,7 @@ from celery_pglock import labels, markers
 from celery_pglock.config import current
 from celery_pglock.errors import LockMisuse
 from celery_pglock.keys import Key
-from celery_pglock.labels import Holding, Owner
+from celery_pglock.labels import NOBODY, Holding, Owner
 from celery_pglock.lifelines import Lifeline
 from celery_pglock.raw_connections import MARK, pooled
 from celery_pglock.statements import Statement
@@ -27,6 +27,8 @@ REFUSALS: Final[dict[type[Any], str]] = {
 
 # An error on purpose, as no timeout can be set to this. PostgreSQL evaluates columns in their order.
 SOMEBODY_ELSE = "the session of somebody else"
+NAME = "set_config('application_name', %s, false)"
+
 UNLESS_MARKED = (
     f"CASE WHEN current_setting('{MARK}', true) IS DISTINCT FROM %s"
     f" THEN set_config('lock_timeout', '{SOMEBODY_ELSE}', true) END"
@@ -48,20 +50,18 @@ class Voice:
         self._line = line
         self._mark = mark
         self._marker: Key | None = None
+        # What the server calls the session by now, as it was told when it was opened.
+        self._name = application_name(owner)
 
     def guarded(self, statement: Statement) -> Statement:
         """The statement, made to fail before it does anything on a session that is not ours."""
-        if self._mark:
-            statement.columns.insert(0, UNLESS_MARKED)
-            statement.parameters.insert(0, self._mark)
-        return statement
+        return statement.after(UNLESS_MARKED, self._mark) if self._mark else statement
 
     def telling(self, statement: Statement) -> Statement:
         """The guarded statement, which tells of a critical task before it does anything else."""
         if self.owner.priority and self._marker is None:
             self._marker = markers.marker(self.owner.priority)
-            statement.columns.insert(0, markers.TAKE)
-            statement.parameters[:0] = self._marker.arguments
+            statement = statement.after(markers.TAKE, *self._marker.arguments)
         return self.guarded(statement)
 
     def no_longer_telling(self) -> Statement | None:
@@ -69,7 +69,7 @@ class Voice:
         if self._marker is None:
             return None
         marker, self._marker = self._marker, None
-        return self.guarded(Statement(columns=[markers.GIVE_BACK], parameters=[*marker.arguments]))
+        return self.guarded(Statement((markers.GIVE_BACK,), marker.arguments))
 
     def answer(
         self, statement: Statement, holdings: Sequence[Holding], *, wait: float | None = 0
@@ -78,14 +78,14 @@ class Voice:
 
         Raises ``Refused`` where PostgreSQL did.
         """
-        owner = self.owner if holdings else Owner()
-        sql = (
-            f"{self._label(holdings)}{statement.opening}"
-            f"SELECT set_config('application_name', %s, false), {statement.select}"
-        )
-        parameters = [*statement.opening_parameters, application_name(owner), *statement.parameters]
+        name = application_name(self.owner if holdings else NOBODY)
+        is_new = name != self._name
+        if is_new:
+            statement = statement.after(NAME, name)
+        sql = f"{statement.opening}SELECT {statement.select}"
+        parameters = (*statement.opening_parameters, *statement.parameters)
         try:
-            return self._line.ask(sql, parameters, wait=wait)[0]
+            row = self._line.ask(sql, parameters, label=self._label(holdings), wait=wait)[0]
         except DatabaseError as error:
             if reason := REFUSALS.get(type(error.__cause__)):
                 raise Refused(reason) from None
@@ -94,21 +94,24 @@ class Voice:
             if isinstance(error.__cause__, UndefinedTable):
                 raise no_table(self._line.alias) from None
             raise
+        if is_new:
+            self._name = name
+            return row[1:]
+        return row
 
     def rows(
         self, sql: str, parameters: Sequence[object], holdings: Sequence[Holding]
     ) -> list[tuple[Any, ...]]:
         """The rows of a statement that changes nothing of what the session has, which is this."""
-        return self._line.ask(self._label(holdings) + sql, parameters)
+        return self._line.ask(sql, parameters, label=self._label(holdings))
 
     def beat(self, holdings: Sequence[Holding]) -> str:
         """What it says to be heard at all."""
-        return f"{self._label(holdings)}SELECT pg_backend_pid()".replace("%%", "%")
+        return f"{self._label(holdings)}SELECT pg_backend_pid()"
 
     def _label(self, holdings: Sequence[Holding]) -> str:
-        owner = self.owner if holdings else Owner()
-        comment = labels.comment(owner, holdings, show_names=current().SHOW_NAMES)
-        return comment.replace("%", "%%") + " "
+        owner = self.owner if holdings else NOBODY
+        return f"{labels.comment(owner, holdings, show_names=current().SHOW_NAMES)} "
 
 
 def no_table(alias: str) -> LockMisuse:

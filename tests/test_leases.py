@@ -111,7 +111,7 @@ def test_an_error_before_anything_was_sent_is_no_answer(rival):
     time.sleep(0.1)
     before = line._silence
     with pytest.raises(ProgrammingError):
-        session().rows("SELECT %s", [])
+        session().rows("SELECT %s", [object()])
     assert line._silence >= before
     hold.give_back()
 
