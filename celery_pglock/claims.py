@@ -132,10 +132,12 @@ class Hold:
 
     def leave(self, error: BaseException | None) -> None:
         """Give back after a body that ended with this error, or well; its own error is never hidden."""
-        loss = self.loss
+        # That of a session can be asked for later, too.
+        loss = self.loss if self.session is None else ""
         if self.give_back(error):
             return
         if error is None:
+            loss = loss or (self.session.loss if self.session else "")
             raise LockLost(self.name, *filter(None, [loss]))
         logger.warning("lock %r was lost before its body failed", self.name)
 
@@ -271,7 +273,8 @@ class Claim:
                 session.abandon()
             raise
         finally:
-            pool().give_back(session)
+            if hold.session is None:
+                pool().give_back(session)
         if gain is None:
             return TAKEN
         if gain.handover and gain.handover.unclean_lease:

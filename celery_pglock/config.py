@@ -121,6 +121,7 @@ class Settings:
         return seconds(self.LEASE, "CELERY_PGLOCK['LEASE']") or 0.0
 
 
+UNKNOWN = object()
 _checked: tuple[dict[str, Any], Settings] | None = None
 
 
@@ -131,8 +132,12 @@ def current() -> Settings:
     # Each lock asks, and nearly always they are those of the last time: the very same values.
     if _checked is not None and isinstance(given, dict):
         before, settings = _checked
-        if given.keys() == before.keys() and all(given[name] is before[name] for name in before):
-            return settings
+        if len(given) == len(before):
+            for name, value in given.items():
+                if before.get(name, UNKNOWN) is not value:
+                    break
+            else:
+                return settings
     settings = _checked_settings(given)
     _checked = (dict(given), settings)
     return settings

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import quote, unquote
 
 from celery_pglock.keys import Key
@@ -46,8 +46,7 @@ class Owner:
 NOBODY: Final = Owner()
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
+class Holding(NamedTuple):
     """A key in a label; ``since`` is the holder's own clock, in seconds since the epoch.
 
     ``None`` is for a key that the statement with the label asks for: if it is had, then since that ended.

@@ -61,6 +61,8 @@ class Lifeline:
         self.socket = os.dup(connection.fileno())
         self._adapted = Transformer(connection)
         self._closing = threading.Lock()
+        self._gives_up_after = GIVE_UP * lease
+        self._arrivals = polls.Watch(self.socket, polls.READABLE)
         self._heard_at = now()
         self._is_asking = False
         self._answer_by: float | None = None
@@ -85,7 +87,7 @@ class Lifeline:
     @property
     def is_believed(self) -> bool:
         """Whether the server cannot have ended the session yet, as far as is known without asking it."""
-        return not (self.loss or self.is_closed or self._silence >= GIVE_UP * self.lease)
+        return not (self.loss or self.connection.closed or now() - self._heard_at >= self._gives_up_after)
 
     @property
     def is_idle(self) -> bool:
@@ -183,7 +185,7 @@ class Lifeline:
     def read_what_came_unasked(self) -> None:
         """News of a setting that was reloaded, or the server's farewell."""
         try:
-            while not self.is_closed and polls.look({self.socket: polls.READABLE}):
+            while not self.connection.closed and self._arrivals.has_happened():
                 self.connection.pgconn.consume_input()
         except psycopg.OperationalError as error:
             self.lose(str(error).strip())

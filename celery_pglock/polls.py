@@ -34,12 +34,27 @@ def wait(events_by_socket: Mapping[int, int], seconds: float) -> bool:
     return True
 
 
+class Watch:
+    """Events of one socket that are looked for time and again, without waiting."""
+
+    def __init__(self, socket: int, events: int) -> None:
+        self._poll = _new_poll()
+        self._poll.register(socket, events)
+
+    def has_happened(self) -> bool:
+        return bool(self._poll.poll(0))
+
+
 def _poll(events_by_socket: Mapping[int, int], seconds: float) -> bool:
-    # gevent's own poll knows no POLLRDHUP.
-    poll = _gevent().get_original("select", "poll")() if _is_patched() else select.poll()
+    poll = _new_poll()
     for socket, events in events_by_socket.items():
         poll.register(socket, events)
     return any(event & (events_by_socket[socket] | ENDED) for socket, event in poll.poll(1000 * seconds))
+
+
+def _new_poll() -> Any:
+    # gevent's own poll knows no POLLRDHUP.
+    return _gevent().get_original("select", "poll")() if _is_patched() else select.poll()
 
 
 def _gevent() -> Any:

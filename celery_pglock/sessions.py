@@ -6,8 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.db import DatabaseError, OperationalError
 
@@ -62,12 +61,11 @@ def mode(*, shared: bool) -> str:
     return "ShareLock" if shared else "ExclusiveLock"
 
 
-@dataclass(frozen=True, slots=True)
-class Gain:
+class Gain(NamedTuple):
     """What one acquisition brought: the keys, their tokens if it was a strict one, and what it found."""
 
     keys: tuple[Key, ...]
-    tokens: Mapping[Key, Token] = field(default_factory=dict)
+    tokens: Mapping[Key, Token]
     handover: Handover | None = None
 
 
@@ -187,7 +185,8 @@ class LockSession:
         Raises ``Refused`` where PostgreSQL did.
         """
         with self._line.speaking:
-            self.check()
+            if self._held:
+                self.check()
             fresh = [key for key in keys if not self._held.has(key, shared=shared)]
             without_token = [key for key in keys if key not in self._held.tokens] if strict else ()
             found: Handover | None = None
@@ -231,7 +230,7 @@ class LockSession:
             except BaseException:
                 self.abandon()
                 raise
-            return Gain(taken)
+            return Gain(taken, {})
 
     def give_back(self, keys: Sequence[Key], *, shared: bool, in_order: bool = True) -> bool:
         """Give back one acquisition of these keys; answers whether they had been kept to the end.
@@ -241,7 +240,8 @@ class LockSession:
         if not self.is_ours:
             return True
         with self._line.speaking:
-            if not self.is_believed:
+            if not self._line.is_believed:
+                self._line.lose(SILENT)
                 self.close()
                 return False
             try:
@@ -273,7 +273,7 @@ class LockSession:
         """Keep it for whoever needs a session next."""
         if statement := self._voice.no_longer_telling():
             self._give_back_marker(statement)
-        self._voice.owner = NOBODY
+        self._voice.works_for(NOBODY)
         self.to_be_told.clear()
         self._idle_since = clocks.now()
 
@@ -284,7 +284,7 @@ class LockSession:
             if not self.is_believed:
                 self._line.close()
                 return False
-            self._voice.owner = owner
+            self._voice.works_for(owner)
             self._idle_since = None
             return True
 
@@ -352,7 +352,7 @@ class LockSession:
             return None
         if waits:
             self._line.was_answered_after(row[-2])
-        if not self.is_believed:
+        if not self._line.is_believed:
             raise OperationalError("The server's answer came so late that the lock may be lost already.")
         return row
 

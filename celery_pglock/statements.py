@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from celery_pglock.durations import UNSET, MaybeSeconds, milliseconds
 from celery_pglock.keys import INT8, Key
@@ -27,8 +27,7 @@ SOME_SECONDS: Final = 1.0
 MOST_SHAPES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Statement:
+class Statement(NamedTuple):
     """The columns of a SELECT with their parameters; the last column of its one row is the answer."""
 
     columns: tuple[str, ...]
@@ -45,7 +44,7 @@ class Statement:
 
     def after(self, column: str, *parameters: Any) -> Statement:
         """The statement, which does this first."""
-        return replace(self, columns=(column, *self.columns), parameters=(*parameters, *self.parameters))
+        return self._replace(columns=(column, *self.columns), parameters=(*parameters, *self.parameters))
 
 
 @dataclass(slots=True)

@@ -35,6 +35,10 @@ UNLESS_MARKED = (
 )
 
 
+NAME_OF_NOBODY: Final = labels.application_name(labels.LOCK_SESSION, "")
+LABEL_OF_NOBODY: Final = f"{labels.comment(NOBODY, (), show_names=False)} "
+
+
 class Refused(Exception):
     """PostgreSQL would not wait any longer; the message says why, and nothing was gained."""
 
@@ -46,12 +50,16 @@ class Voice:
     """
 
     def __init__(self, line: Lifeline, owner: Owner, mark: str) -> None:
-        self.owner = owner
         self._line = line
         self._mark = mark
         self._marker: Key | None = None
+        self.works_for(owner)
         # What the server calls the session by now, as it was told when it was opened.
-        self._name = application_name(owner)
+        self._name = self._name_of_owner
+
+    def works_for(self, owner: Owner) -> None:
+        self.owner = owner
+        self._name_of_owner = application_name(owner)
 
     def guarded(self, statement: Statement) -> Statement:
         """The statement, made to fail before it does anything on a session that is not ours."""
@@ -78,7 +86,7 @@ class Voice:
 
         Raises ``Refused`` where PostgreSQL did.
         """
-        name = application_name(self.owner if holdings else NOBODY)
+        name = self._name_of_owner if holdings else NAME_OF_NOBODY
         is_new = name != self._name
         if is_new:
             statement = statement.after(NAME, name)
@@ -110,8 +118,9 @@ class Voice:
         return f"{self._label(holdings)}SELECT pg_backend_pid()"
 
     def _label(self, holdings: Sequence[Holding]) -> str:
-        owner = self.owner if holdings else NOBODY
-        return f"{labels.comment(owner, holdings, show_names=current().SHOW_NAMES)} "
+        if not holdings:
+            return LABEL_OF_NOBODY
+        return f"{labels.comment(self.owner, holdings, show_names=current().SHOW_NAMES)} "
 
 
 def no_table(alias: str) -> LockMisuse:
