@@ -14,7 +14,7 @@ from django.db import OperationalError, connections
 from psycopg import generators
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.errors import error_from_result
-from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.pq import Escaping, ExecStatus, TransactionStatus
 
 from celery_pglock import polls
 from celery_pglock.clocks import now
@@ -26,6 +26,9 @@ BEAT: Final = 1 / 6
 GIVE_UP: Final = 0.6
 
 MOST_TEXTS = 128
+
+# What the server keeps for one session: some ten kilobytes each.
+MOST_PREPARED: Final = 32
 
 
 @lru_cache(MOST_TEXTS)
@@ -60,6 +63,7 @@ class Lifeline:
         # A descriptor of our own, because libpq closes its own as it likes, and its number goes to others.
         self.socket = os.dup(connection.fileno())
         self._adapted = Transformer(connection)
+        self._prepared: dict[str, str] = {}
         self._closing = threading.Lock()
         self._gives_up_after = GIVE_UP * lease
         self._arrivals = polls.Watch(self.socket, polls.READABLE)
@@ -107,20 +111,37 @@ class Lifeline:
     ) -> list[tuple[Any, ...]]:
         """The rows of a statement that may take the server ``wait`` seconds; ``None`` sets no bound.
 
-        Its text is ``label``, another one each time, and ``sql``, which has psycopg's placeholders.
-
-        Raises Django's errors. If the server does not answer in time the watcher shuts the line down, which
-        is an OperationalError here.
+        ``label`` stands before it. Raises Django's errors. If the server does not answer in time the watcher
+        shuts the line down, which is an OperationalError here.
         """
+        return self._answer(wait, lambda: self._send(label + _numbered(sql), parameters))
+
+    def ask_again(
+        self, sql: str, parameters: Sequence[int | str], *, label: str, wait: float | None
+    ) -> list[tuple[Any, ...]]:
+        """As ``ask()`` for a statement with parameters that is asked often: the server plans it once.
+
+        A prepared statement by the protocol would be shown without its label.
+        """
+        if len(self._prepared) == MOST_PREPARED and sql not in self._prepared:
+            return self.ask(sql, parameters, label=label, wait=wait)
+        return self._answer(wait, lambda: self._execute(label, sql, parameters))
+
+    def _answer(self, wait: float | None, send: Callable[[], None]) -> list[tuple[Any, ...]]:
         if self._beat_at is not None:
             self._await_beat()
         if self.loss:
             raise OperationalError(f"The lock session is lost: {self.loss}.")
         sent = now()
-        self._answer_by = None if wait is None else sent + wait + GIVE_UP * self.lease
+        self._answer_by = None if wait is None else sent + wait + self._gives_up_after
         self._is_asking = True
         try:
-            rows = self._answer(label + _numbered(sql), parameters)
+            send()
+            *_, result = self.connection.wait(generators.execute(self.connection.pgconn))
+            if result.status != ExecStatus.TUPLES_OK:
+                raise error_from_result(result, encoding=self.connection.info.encoding)
+            self._adapted.set_pgresult(result)
+            rows = self._adapted.load_rows(0, result.ntuples, tuple)
         except psycopg.Error as error:
             # A refusal is an answer, too.
             if error.sqlstate and not self.is_closed:
@@ -134,16 +155,23 @@ class Lifeline:
         self._heard_at = sent
         return rows
 
-    def _answer(self, sql: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
-        # What a cursor of psycopg's does, without looking for placeholders in a text that is never the same.
-        adapted, pgconn = self._adapted, self.connection.pgconn
+    def _send(self, sql: str, parameters: Sequence[object]) -> None:
+        adapted = self._adapted
         values = adapted.dump_sequence(parameters, [PyFormat.TEXT] * len(parameters))
-        pgconn.send_query_params(sql.encode(), values, adapted.types)
-        *_, result = self.connection.wait(generators.execute(pgconn))
-        if result.status != ExecStatus.TUPLES_OK:
-            raise error_from_result(result, encoding=self.connection.info.encoding)
-        adapted.set_pgresult(result)
-        return adapted.load_rows(0, result.ntuples, tuple)
+        self.connection.pgconn.send_query_params(sql.encode(), values, adapted.types)
+
+    def _execute(self, label: str, sql: str, parameters: Sequence[int | str]) -> None:
+        prepare, name = "", self._prepared.get(sql)
+        if name is None:
+            name = self._prepared[sql] = f"pglock_{len(self._prepared) + 1}"
+            prepare = f"PREPARE {name} AS {_numbered(sql)}; "
+        literals = ", ".join([self._literal(value) for value in parameters])
+        self.connection.pgconn.send_query(f"{label}{prepare}EXECUTE {name}({literals})".encode())
+
+    def _literal(self, value: int | str) -> str:
+        if isinstance(value, str):
+            return Escaping(self.connection.pgconn).escape_literal(value.encode()).decode()
+        return str(int(value))
 
     def was_answered_after(self, seconds: float) -> None:
         """The server took so long for the last statement, and only then began to wait for the next."""

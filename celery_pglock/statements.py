@@ -18,7 +18,8 @@ REMAINING_TIMEOUT = (
 WHOLE_TIMEOUT = "set_config('lock_timeout', %s::int::text, true)"
 
 # How long the server took for what stands before it in the statement, in seconds.
-ELAPSED = "extract(epoch FROM clock_timestamp() - statement_timestamp())::float8"
+# extract() would go by way of numeric.
+ELAPSED = "date_part('epoch', clock_timestamp() - statement_timestamp())"
 
 # Stands for any timeout that ends.
 SOME_SECONDS: Final = 1.0

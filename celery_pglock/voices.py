@@ -92,8 +92,10 @@ class Voice:
             statement = statement.after(NAME, name)
         sql = f"{statement.opening}SELECT {statement.select}"
         parameters = (*statement.opening_parameters, *statement.parameters)
+        # Behind a pooler the next statement may meet a session in which nothing was prepared.
+        ask = self._line.ask if self._mark or statement.opening else self._line.ask_again
         try:
-            row = self._line.ask(sql, parameters, label=self._label(holdings), wait=wait)[0]
+            row = ask(sql, parameters, label=self._label(holdings), wait=wait)[0]
         except DatabaseError as error:
             if reason := REFUSALS.get(type(error.__cause__)):
                 raise Refused(reason) from None
