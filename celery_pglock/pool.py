@@ -52,7 +52,7 @@ class Pool:
         if not session.is_ours:
             return
         # In Django's test environment an idle session would keep the test database from being dropped.
-        if hasattr(mail, "outbox") or not session.is_believed:
+        if "outbox" in vars(mail) or not session.is_believed:
             session.close()
             return
         session.lay_by()

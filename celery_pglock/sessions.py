@@ -273,7 +273,6 @@ class LockSession:
         """Keep it for whoever needs a session next."""
         if statement := self._voice.no_longer_telling():
             self._give_back_marker(statement)
-        self._voice.works_for(NOBODY)
         self.to_be_told.clear()
         self._idle_since = clocks.now()
 
