@@ -44,7 +44,8 @@ LONGEST_POLL = 0.1
 ROUND = 0.2
 LOCK_DELAY = GIVE_UP + 0.05
 
-LOCK_TIMEOUT_IN_FORCE = "SELECT setting::int FROM pg_settings WHERE name = 'lock_timeout'"
+# In seconds. The view pg_settings would read them all.
+LOCK_TIMEOUT_IN_FORCE = "SELECT extract(epoch FROM current_setting('lock_timeout')::interval)::float8"
 
 
 @dataclass(slots=True)
@@ -56,9 +57,7 @@ class Hold:
     who held it before can still believe in it, so that this one leaves in order.
     """
 
-    name: str
-    shared: bool
-    using: str
+    claim: Claim
     keys: tuple[Key, ...] = ()
     tokens: Mapping[Key, Token] = field(default_factory=dict)
     session: LockSession | None = None
@@ -66,6 +65,18 @@ class Hold:
     waited: float = 0.0
     since: float = 0.0
     in_order: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.claim.name
+
+    @property
+    def shared(self) -> bool:
+        return self.claim.shared
+
+    @property
+    def using(self) -> str:
+        return self.claim.using
 
     @property
     def loss(self) -> str:
@@ -172,7 +183,7 @@ class Claim:
 
     def hold(self) -> Hold:
         """An empty hold on this claim's keys."""
-        return Hold(self.name, self.shared, self.using)
+        return Hold(self)
 
     def take(self, hold: Hold | None = None, *, open_transaction: bool = True) -> Hold | Refusal:
         """Take all the keys for nobody in particular; with the transaction that keeps them, if wanted.
@@ -231,10 +242,10 @@ class Claim:
     def _poll(
         self, attempt: Attempt, hold: Hold, owner: Owner, timeout: MaybeSeconds, started: float
     ) -> str | None:
-        if timeout is UNSET:
-            timeout = self._timeout_in_force()
         pause = FIRST_POLL
         while reason := attempt(hold, owner, timeout):
+            if timeout is UNSET:
+                timeout = self._timeout_in_force()
             left = None if timeout is None else started + timeout - time.monotonic()
             if left is not None and left <= 0:
                 return reason
@@ -360,11 +371,11 @@ class Claim:
         if self.xact:
             with connections[self.using].cursor() as cursor:
                 cursor.execute(LOCK_TIMEOUT_IN_FORCE)
-                milliseconds = cursor.fetchone()[0]
+                in_force = cursor.fetchone()[0]
         else:
             session = pool().lease(self.using, NOBODY)
             try:
-                milliseconds = session.rows(LOCK_TIMEOUT_IN_FORCE, [])[0][0]
+                in_force = session.rows(LOCK_TIMEOUT_IN_FORCE, [])[0][0]
             finally:
                 pool().give_back(session)
-        return milliseconds / 1000 or None
+        return in_force or None

@@ -71,6 +71,8 @@ class Inventory:
 
     def holdings(self, fresh: Iterable[Key] = ()) -> list[Holding]:
         """What a label tells: all that it has, and ``fresh`` ones, which it asks for."""
+        if not self._since:
+            return [Holding(key, None) for key in sorted(fresh)]
         told = {**dict.fromkeys(fresh), **self._since}
         return [Holding(key, since) for key, since in sorted(told.items())]
 

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import psycopg
 from django.db import OperationalError, connections
-from psycopg import generators
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.errors import error_from_result
+from psycopg.generators import execute
 from psycopg.pq import Escaping, ExecStatus, TransactionStatus
 
 from celery_pglock import polls
@@ -114,7 +114,7 @@ class Lifeline:
         ``label`` stands before it. Raises Django's errors. If the server does not answer in time the watcher
         shuts the line down, which is an OperationalError here.
         """
-        return self._answer(wait, lambda: self._send(label + _numbered(sql), parameters))
+        return self._answer(wait, lambda: self._submit(label + _numbered(sql), parameters))
 
     def ask_again(
         self, sql: str, parameters: Sequence[int | str], *, label: str, wait: float | None
@@ -137,7 +137,7 @@ class Lifeline:
         self._is_asking = True
         try:
             send()
-            *_, result = self.connection.wait(generators.execute(self.connection.pgconn))
+            *_, result = self.connection.wait(execute(self.connection.pgconn))
             if result.status != ExecStatus.TUPLES_OK:
                 raise error_from_result(result, encoding=self.connection.info.encoding)
             self._adapted.set_pgresult(result)
@@ -155,7 +155,7 @@ class Lifeline:
         self._heard_at = sent
         return rows
 
-    def _send(self, sql: str, parameters: Sequence[object]) -> None:
+    def _submit(self, sql: str, parameters: Sequence[object]) -> None:
         adapted = self._adapted
         values = adapted.dump_sequence(parameters, [PyFormat.TEXT] * len(parameters))
         self.connection.pgconn.send_query_params(sql.encode(), values, adapted.types)

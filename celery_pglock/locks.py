@@ -38,7 +38,8 @@ _holds = _Holds()
 
 def _pop(stack: list[tuple[advisory, Hold | None]], lock: advisory) -> Hold | None:
     for position in reversed(range(len(stack))):
-        if stack[position][0].is_same_lock(lock):
+        found = stack[position][0]
+        if found is lock or found.is_same_lock(lock):
             return stack.pop(position)[1]
     raise LockNotHeld(lock.name)
 
@@ -96,18 +97,17 @@ class advisory(Claim):  # noqa: N801 - django-pglock's name, used like a functio
         refuse_too_many(keys)
         if shared and limit > 1:
             raise LockMisuse("Shared holders are not counted: use shared=True or limit=N, not both.")
-        fields = {
-            "keys": keys,
-            "shared": shared,
-            "xact": xact,
-            "limit": limit,
-            "using": using,
-            "timeout": timeout if timeout is UNSET else seconds(timeout, "timeout"),
-            "side_effect": None if side_effect is None else _allowed(side_effect),
-            "strict": False,
-        }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+        # Frozen for everybody else.
+        vars(self).update(
+            keys=keys,
+            shared=shared,
+            xact=xact,
+            limit=limit,
+            using=using,
+            timeout=timeout if timeout is UNSET else seconds(timeout, "timeout"),
+            side_effect=None if side_effect is None else _allowed(side_effect),
+            strict=False,
+        )
 
     def is_same_lock(self, other: advisory) -> bool:
         """Whether both are the same lock, however long one waits for it, and whatever follows then."""

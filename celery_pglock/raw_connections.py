@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import psycopg
 from django.db import OperationalError, connections
+from django.utils.connection import ConnectionDoesNotExist
 from psycopg.pq import TransactionStatus
 
 from celery_pglock import undisturbed
@@ -53,8 +54,11 @@ class OnStandby(OperationalError):
 
 def check_vendor(alias: str) -> None:
     """Refuse an alias that is not PostgreSQL, or not there at all: it has no such locks."""
-    check_alias(alias, "using=")
-    vendor = connections[alias].vendor
+    try:
+        vendor = connections[alias].vendor
+    except ConnectionDoesNotExist:
+        check_alias(alias, "using=")
+        raise
     if vendor != "postgresql":
         raise LockMisuse(
             f"The database alias {alias!r} is not PostgreSQL but {vendor}: point lock_using, using= or "

@@ -150,8 +150,8 @@ def take_waiting(keys: Sequence[Key], *, shared: bool, xact: bool, timeout: Mayb
     """Take all the keys in this order, waiting at most ``timeout`` seconds over all of them.
 
     Unset keeps the ``lock_timeout`` in force. Running out is PostgreSQL's error 55P03. Within a
-    transaction of somebody else's, the setting is put back as it was. The column before the answer tells
-    how long the server took, in seconds.
+    transaction of somebody else's, the setting is put back as it was. Of a session-level lock the column
+    before the answer tells how long the server took, in seconds.
     """
     if isinstance(timeout, float | int):
         return _taking_waiting(_spaces(keys), SOME_SECONDS, shared=shared, xact=xact).of(keys, timeout)
@@ -172,7 +172,7 @@ def _taking_waiting(spaces: Sequence[int], timeout: MaybeSeconds, *, shared: boo
     if xact and timeout is not UNSET:
         columns.append("set_config('lock_timeout', before, true)")
         shape.source = " FROM (SELECT current_setting('lock_timeout') AS before OFFSET 0) AS settings"
-    shape.columns = (*columns, ELAPSED, "true")
+    shape.columns = (*columns, "true") if xact else (*columns, ELAPSED, "true")
     return shape
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from string import Formatter
 from typing import Any, Final
 
@@ -21,6 +22,8 @@ class _Arguments(Enum):
     def __repr__(self) -> str:
         return self.name
 
+
+MOST_TEMPLATES: Final = 256
 
 ALL_ARGUMENTS: Final = _Arguments.ALL_ARGUMENTS
 
@@ -160,12 +163,15 @@ def _by(task: type[Any], by: Any, signature: inspect.Signature) -> tuple[str, ..
     return tuple(by)
 
 
-def _fields(identifier: Any) -> list[str]:
+def _fields(identifier: Any) -> tuple[str, ...]:
     """The names of the arguments in a template; ValueError where it is none that can be filled."""
-    if not isinstance(identifier, str):
-        return []
+    return _fields_of_text(identifier) if isinstance(identifier, str) else ()
+
+
+@lru_cache(MOST_TEMPLATES)
+def _fields_of_text(template: str) -> tuple[str, ...]:
     names = []
-    for _, name, spec, _ in Formatter().parse(identifier):
+    for _, name, spec, _ in Formatter().parse(template):
         if name is None:
             continue
         if not name.isidentifier():
@@ -173,7 +179,7 @@ def _fields(identifier: Any) -> list[str]:
         if spec and "{" in spec:
             raise ValueError("a template cannot have fields inside of a field's format")
         names.append(name)
-    return names
+    return tuple(names)
 
 
 def _several(key: Any) -> list[Any]:

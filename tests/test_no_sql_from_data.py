@@ -22,7 +22,17 @@ SENDS = {"execute": 0, "ask": 0, "rows": 0, "send_query_params": 0}
 PARTS_OF_STATEMENTS = {"select", "opening", "source", "_sql"}
 # What a function is given and sends: whoever gives it is looked at, or has quoted or checked it.
 GIVEN = {"sql", "label", "act", "tables", "table", "mode"}
-WRITE_CONSTANTS = {"quote_name", "comment", "_label", "_labelled", "_numbered", "encode", "len", "reversed", "values"}
+WRITE_CONSTANTS = {
+    "quote_name",
+    "comment",
+    "_label",
+    "_labelled",
+    "_numbered",
+    "encode",
+    "len",
+    "reversed",
+    "values",
+}
 
 # More of them take longer: `EXAMPLES=5000 make test ARGS='-k no_sql'`.
 EXAMPLES = int(os.environ.get("EXAMPLES", "150"))
