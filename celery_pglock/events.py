@@ -19,8 +19,20 @@ MOST_THAT_WAIT = 1000
 PATIENCE = 2.0
 
 
-def connect() -> None:
-    """Send events from now on, where they are on; doing it again changes nothing."""
+def follow(worker: Any) -> None:
+    """Send what this worker does, if it was told to by its settings or by ``-E``."""
+    if worker.task_events:
+        _connect()
+
+
+def follow_child(app: Any) -> None:
+    """Send what this child does, which was spawned, if its settings say so."""
+    if app.conf.worker_send_task_events:
+        _connect()
+
+
+def _connect() -> None:
+    # Without events each lock is spared the way here.
     for signal, receiver in (
         (signals.lock_acquired, _acquired),
         (signals.lock_conflict, _conflict),
@@ -29,12 +41,6 @@ def connect() -> None:
         (signals.lock_lost, _lost),
     ):
         signal.connect(receiver, dispatch_uid=f"celery_pglock.events{receiver.__name__}")
-
-
-def follow(worker: Any) -> None:
-    """Send what this worker does, if it was told to by its settings or by ``-E``."""
-    global _worker_sends
-    _worker_sends = bool(worker.task_events)
 
 
 def send_the_last() -> None:
@@ -112,7 +118,6 @@ class Outbox:
             )
 
 
-_worker_sends = False
 _outboxes: dict[Any, Outbox] = {}
 _making_one = threading.Lock()
 
@@ -155,7 +160,7 @@ def _lost(sender: Any, lock: Any, held: float, reason: str, **_: Any) -> None:
 
 
 def _send(kind: str, task: Any, lock: Any, **fields: Any) -> None:
-    if not (_is_of_a_message(task.request, lock) and task.send_events and _are_on(task.app)):
+    if not (_is_of_a_message(task.request, lock) and task.send_events):
         return
     identity = {"uuid": task.request.id, "name": task.name, "key": lock.name}
     _outbox(task.app).put(task.request.hostname, kind, {**identity, **fields, "timestamp": time.time()})
@@ -166,10 +171,6 @@ def _outbox(app: Any) -> Outbox:
         if app not in _outboxes:
             _outboxes[app] = Outbox(app)
         return _outboxes[app]
-
-
-def _are_on(app: Any) -> bool:
-    return _worker_sends or bool(app.conf.worker_send_task_events)
 
 
 def _is_of_a_message(request: Any, lock: Any) -> bool:

@@ -47,6 +47,10 @@ class HeldBack:
         self._sends: list[Callable[[], Any]] = []
         self._retries: list[Any] = []
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._sends
+
     def send_later(self, send: Callable[[], Any]) -> None:
         self._sends.append(send)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from celery import signals, states
+from celery import current_app, signals, states
 from django.db import DatabaseError
 from django.db.backends.signals import connection_created
 
@@ -33,7 +33,7 @@ def connect() -> None:
     signals.worker_init.connect(_refuse_what_cannot_work, dispatch_uid="celery_pglock.worker_init")
     signals.worker_init.connect(_answer_inspections, dispatch_uid="celery_pglock.inspections")
     signals.worker_init.connect(_send_events, dispatch_uid="celery_pglock.events")
-    events.connect()
+    signals.worker_process_init.connect(_send_events_of_a_child, dispatch_uid="celery_pglock.child_events")
     signals.task_prerun.connect(_note_what_is_held, dispatch_uid="celery_pglock.task_prerun")
     signals.task_postrun.connect(_leave_nothing_behind, dispatch_uid="celery_pglock.task_postrun")
     connection_created.connect(work_connections.mark_a_new_one, dispatch_uid="celery_pglock.marked")
@@ -63,6 +63,11 @@ def _answer_inspections(**_: Any) -> None:
 
 def _send_events(sender: Any = None, **_: Any) -> None:
     events.follow(sender)
+
+
+def _send_events_of_a_child(**_: Any) -> None:
+    # One that was forked has its parent's receivers.
+    events.follow_child(current_app)
 
 
 def _check(alias: str, *, strict: bool) -> None:

@@ -372,7 +372,7 @@ def _finish(this: Run, hold: Hold, held_back: HeldBack, ended_with: BaseExceptio
     except BaseException as failure:
         # What the body wanted to follow its COMMIT does not, if that has failed.
         if not isinstance(failure, DatabaseError):
-            held_back.send_all(this.task.app, str(this), this.about("waits"))
+            _send(this, held_back)
         raise
     held = time.monotonic() - hold.since
     if kept and hold.keys:
@@ -386,9 +386,14 @@ def _finish(this: Run, hold: Hold, held_back: HeldBack, ended_with: BaseExceptio
     if isinstance(ended_with, RetryLater) and _preemption(this, ended_with.exc):
         # Of what stopped it the body made a retry of its own, which is not to be skipped either.
         held_back.put_into_headers(PREEMPTED)
-    held_back.send_all(this.task.app, str(this), this.about("waits"))
+    _send(this, held_back)
     if not kept and ended_with is None and this.on_lost == "fail":
         raise LockLost(this.lock.name, loss)
+
+
+def _send(this: Run, held_back: HeldBack) -> None:
+    if not held_back.is_empty:
+        held_back.send_all(this.task.app, str(this), this.about("waits"))
 
 
 def _tell_that_it_was_lost(this: Run, loss: str, held: float) -> None:

@@ -45,7 +45,13 @@ class Statement(NamedTuple):
 
     def after(self, column: str, *parameters: Any) -> Statement:
         """The statement, which does this first."""
-        return self._replace(columns=(column, *self.columns), parameters=(*parameters, *self.parameters))
+        return Statement(
+            (column, *self.columns),
+            (*parameters, *self.parameters),
+            self.source,
+            self.opening,
+            self.opening_parameters,
+        )
 
 
 @dataclass(slots=True)

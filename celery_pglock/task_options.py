@@ -95,9 +95,11 @@ class TaskOptions:
     def lock(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> advisory:
         """The lock of one call; raises TypeError for arguments that the task does not take."""
         settings = current()
-        limit = self.limit(*args, **kwargs) if callable(self.limit) else self.limit
-        check_limit(limit, "lock_limit")
-        strict = self.is_strict()
+        limit = self.limit
+        if callable(limit):
+            limit = limit(*args, **kwargs)
+            check_limit(limit, "lock_limit")
+        strict = settings.STRICT and not self.xact if self.strict is UNSET else self.strict
         if strict and (self.shared or limit > 1):
             raise _not_strict(self.task_name)
         lock = advisory(
@@ -105,7 +107,7 @@ class TaskOptions:
             shared=self.shared,
             xact=self.xact,
             limit=limit,
-            using=self.alias(),
+            using=settings.USING if self.using is UNSET else self.using,
             timeout=settings.TIMEOUT if self.timeout is UNSET else self.timeout,
         )
         return lock.strictly() if strict else lock
