@@ -312,7 +312,7 @@ class Claim:
         self._refuse_to_meet_itself()
         waits = self.limit == 1 and timeout != 0
         if self.limit > 1:
-            statement = statements.take_slots([key.slots(self.limit) for key in self.keys], xact=True)
+            statement = statements.take_slots(tuple([key.slots(self.limit) for key in self.keys]), xact=True)
         elif waits:
             statement = statements.take_waiting(self.keys, shared=self.shared, xact=True, timeout=timeout)
         else:

@@ -41,9 +41,9 @@ class Inventory:
         """Whether it has all of them, in whatever mode."""
         return {key for key, _ in self._counts}.issuperset(keys)
 
-    def last_of(self, keys: Iterable[Key], *, shared: bool) -> list[Key]:
+    def last_of(self, keys: Iterable[Key], *, shared: bool) -> tuple[Key, ...]:
         """Those of the keys that are gone once one acquisition of them is taken out."""
-        return [key for key in keys if self._counts[key, shared] == 1]
+        return tuple([key for key in keys if self._counts[key, shared] == 1])
 
     def put_in(self, keys: Iterable[Key], *, shared: bool) -> None:
         now = time.time()

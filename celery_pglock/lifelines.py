@@ -173,9 +173,10 @@ class Lifeline:
             return Escaping(self.connection.pgconn).escape_literal(value.encode()).decode()
         return str(int(value))
 
-    def was_answered_after(self, seconds: float) -> None:
-        """The server took so long for the last statement, and only then began to wait for the next."""
-        self._heard_at = min(self._heard_at + seconds, now())
+    def ask_if_silent(self) -> None:
+        """Make the session heard after a statement that took long, which is counted from its beginning."""
+        if self._silence >= BEAT * self.lease:
+            self.ask("SELECT 1", ())
 
     def lose(self, reason: str) -> None:
         """Give the session up; the first reason stays."""

@@ -52,7 +52,7 @@ class Pool:
         if not session.is_ours:
             return
         # In Django's test environment an idle session would keep the test database from being dropped.
-        if "outbox" in vars(mail) or not session.is_believed:
+        if "outbox" in vars(mail) or session.is_closed:
             session.close()
             return
         session.lay_by()
@@ -89,10 +89,11 @@ class Pool:
 
     def _idle_session(self, alias: str, owner: Owner) -> LockSession | None:
         with self._lock:
-            for session in reversed([idle for idle in self._idle if idle.alias == alias]):
-                self._idle.remove(session)
-                if session.take_up(owner):
-                    return session
+            for position in reversed(range(len(self._idle))):
+                if self._idle[position].alias == alias:
+                    session = self._idle.pop(position)
+                    if session.take_up(owner):
+                        return session
         return None
 
 

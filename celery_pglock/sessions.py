@@ -187,7 +187,7 @@ class LockSession:
         with self._line.speaking:
             if self._held:
                 self.check()
-            fresh = [key for key in keys if not self._held.has(key, shared=shared)]
+            fresh = tuple([key for key in keys if not self._held.has(key, shared=shared)])
             without_token = [key for key in keys if key not in self._held.tokens] if strict else ()
             found: Handover | None = None
             try:
@@ -206,7 +206,7 @@ class LockSession:
             tokens = {key: self._held.tokens[key] for key in keys} if strict else {}
             return Gain(tuple(keys), tokens, found)
 
-    def take_slots(self, slots_by_key: Sequence[Sequence[Key]]) -> Gain | None:
+    def take_slots(self, slots_by_key: Sequence[tuple[Key, ...]]) -> Gain | None:
         """Take one free slot of every key, or none; the gain's keys are the slots taken.
 
         A key of which this session holds a slot already is only counted.
@@ -214,7 +214,7 @@ class LockSession:
         with self._line.speaking:
             self.check()
             held = [self.held_among(slots, shared=False) for slots in slots_by_key]
-            fresh = [slots for slots, mine in zip(slots_by_key, held, strict=True) if mine is None]
+            fresh = tuple([slots for slots, mine in zip(slots_by_key, held, strict=True) if mine is None])
             numbers: Iterable[int] | None = ()
             try:
                 if fresh:
@@ -326,7 +326,7 @@ class LockSession:
 
     def _take(
         self,
-        fresh: Sequence[Key],
+        fresh: tuple[Key, ...],
         without_token: Sequence[Key],
         *,
         shared: bool,
@@ -349,8 +349,7 @@ class LockSession:
         row = self._voice.answer(statement, self._held.holdings(fresh), wait=wait)
         if not row[-1]:
             return None
-        if waits:
-            self._line.was_answered_after(row[-2])
+        self._line.ask_if_silent()
         if not self._line.is_believed:
             raise OperationalError("The server's answer came so late that the lock may be lost already.")
         return row

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from celery_pglock.durations import UNSET, MaybeSeconds, milliseconds
 from celery_pglock.keys import INT8, Key
 
-# The rest of what one statement may wait, however many keys it has waited for already.
+# What one statement may wait, and the rest of that, however many keys it has waited for already.
+WHOLE_TIMEOUT = "set_config('lock_timeout', %s::int::text, true)"
 REMAINING_TIMEOUT = (
     "set_config('lock_timeout', greatest(1, %s - floor(1000 * extract("
     "epoch FROM clock_timestamp() - statement_timestamp())))::bigint::text, true)"
 )
-WHOLE_TIMEOUT = "set_config('lock_timeout', %s::int::text, true)"
 
-# How long the server took for what stands before it in the statement, in seconds.
-# extract() would go by way of numeric.
-ELAPSED = "date_part('epoch', clock_timestamp() - statement_timestamp())"
 
-# Stands for any timeout that ends.
-SOME_SECONDS: Final = 1.0
-
-# Of a shape, which is the same for all keys: a project has few, and those of many keys are long.
-MOST_SHAPES = 64
+# Of the keys that come back: a statement is put together once for them.
+MOST_STATEMENTS = 256
 
 
 class Statement(NamedTuple):
@@ -54,144 +46,109 @@ class Statement(NamedTuple):
         )
 
 
-@dataclass(slots=True)
-class _Shape:
-    """A statement for any keys in these of the two key spaces, one for each position."""
+class _Parameters(list[int]):
+    """The parameters of a statement, in the order in which its text names them."""
 
-    spaces: Sequence[int]
-    columns: tuple[str, ...] = ()
-    source: str = ""
-    asks_for: list[int | None] = field(default_factory=list)
-    """Of which position's key the next parameters are; ``None`` for the timeout in milliseconds."""
+    def call(self, function: str, key: Key) -> str:
+        self.extend(key.arguments)
+        return f"{function}(%s::bigint)" if key.objsubid == INT8 else f"{function}(%s::int, %s::int)"
 
-    def call(self, function: str, position: int) -> str:
-        self.asks_for.append(position)
-        return f"{function}(%s::bigint)" if self.spaces[position] == INT8 else f"{function}(%s::int, %s::int)"
-
-    def having(self, sql: str) -> str:
-        self.asks_for.append(None)
+    def having(self, sql: str, number: int) -> str:
+        self.append(number)
         return sql
-
-    def of(self, keys: Sequence[Key], timeout: float = 0) -> Statement:
-        parameters: list[int] = []
-        for position in self.asks_for:
-            parameters += (milliseconds(timeout),) if position is None else keys[position].arguments
-        return Statement(self.columns, tuple(parameters), self.source)
-
-
-def _spaces(keys: Sequence[Key]) -> tuple[int, ...]:
-    return tuple([key.objsubid for key in keys])
 
 
 def _function(name: str, *, shared: bool, xact: bool = False) -> str:
     return f"pg_{name.replace('lock', 'xact_lock') if xact else name}{'_shared' if shared else ''}"
 
 
-def take_at_once(keys: Sequence[Key], *, shared: bool, xact: bool) -> Statement:
+@lru_cache(MOST_STATEMENTS)
+def take_at_once(keys: tuple[Key, ...], *, shared: bool, xact: bool) -> Statement:
     """Take all the keys in this order without waiting; answers whether it took them.
 
     What was gained before a busy key is given back in the same statement, in reverse. A
     transaction-level lock cannot be given back: its partial gains end with the savepoint around it.
     """
-    return _taking_at_once(_spaces(keys), shared=shared, xact=xact).of(keys)
-
-
-@lru_cache(MOST_SHAPES)
-def _taking_at_once(spaces: Sequence[int], *, shared: bool, xact: bool) -> _Shape:
-    shape = _Shape(spaces)
+    parameters = _Parameters()
     take = _function("try_advisory_lock", shared=shared, xact=xact)
     unlock = _function("advisory_unlock", shared=shared)
 
     def rest(position: int) -> str:
-        taken = shape.call(take, position)
-        if position == len(spaces) - 1:
+        taken = parameters.call(take, keys[position])
+        if position == len(keys) - 1:
             return taken
         others = rest(position + 1)
         if xact:
             return f"CASE WHEN {taken} THEN {others} ELSE false END"
         # IS NULL makes a false of the answer without PostgreSQL folding the call away.
-        undo = f"{shape.call(unlock, position)} IS NULL"
+        undo = f"{parameters.call(unlock, keys[position])} IS NULL"
         return f"CASE WHEN {taken} THEN CASE WHEN {others} THEN true ELSE {undo} END ELSE false END"
 
-    shape.columns = (rest(0),)
-    return shape
+    return Statement((rest(0),), tuple(parameters))
 
 
-def take_slots(slots_by_key: Sequence[Sequence[Key]], *, xact: bool) -> Statement:
+@lru_cache(MOST_STATEMENTS)
+def take_slots(slots_by_key: tuple[tuple[Key, ...], ...], *, xact: bool) -> Statement:
     """Take one free slot of every key without waiting; answers the slots' numbers, or NULL.
 
     All or nothing, as ``take_at_once``.
     """
-    shape = _taking_slots(tuple([_spaces(slots) for slots in slots_by_key]), xact=xact)
-    return shape.of([slot for slots in slots_by_key for slot in slots])
-
-
-@lru_cache(MOST_SHAPES)
-def _taking_slots(spaces_by_key: Sequence[Sequence[int]], *, xact: bool) -> _Shape:
-    shape = _Shape([space for spaces in spaces_by_key for space in spaces])
+    parameters = _Parameters()
     take = _function("try_advisory_lock", shared=False, xact=xact)
 
-    def rest(key: int, first: int) -> str:
-        if key == len(spaces_by_key):
+    def rest(position: int) -> str:
+        if position == len(slots_by_key):
             return "'{}'::int[]"
-        slots = range(len(spaces_by_key[key]))
+        slots = slots_by_key[position]
         undo = ""
         if not xact:
-            calls = [f"WHEN {slot} THEN {shape.call('pg_advisory_unlock', first + slot)}" for slot in slots]
+            calls = [
+                f"WHEN {number} THEN {parameters.call('pg_advisory_unlock', slot)}"
+                for number, slot in enumerate(slots)
+            ]
             undo = f" WHEN CASE slot {' '.join(calls)} END IS NULL THEN '{{}}'"
-        tries = [f"WHEN {shape.call(take, first + slot)} THEN {slot}" for slot in slots]
+        tries = [f"WHEN {parameters.call(take, slot)} THEN {number}" for number, slot in enumerate(slots)]
         # OFFSET 0 keeps PostgreSQL from evaluating a subquery's calls more than once.
         return (
             f"(SELECT CASE WHEN others IS NOT NULL THEN slot || others WHEN slot IS NULL THEN NULL{undo} END"
             f" FROM (SELECT CASE {' '.join(tries)} END AS slot OFFSET 0) AS mine,"
-            f" LATERAL (SELECT CASE WHEN slot IS NOT NULL THEN {rest(key + 1, first + len(slots))} END"
-            f" AS others OFFSET 0) AS theirs)"
+            f" LATERAL (SELECT CASE WHEN slot IS NOT NULL THEN {rest(position + 1)} END AS others OFFSET 0)"
+            f" AS theirs)"
         )
 
-    shape.columns = (rest(0, 0),)
-    return shape
+    return Statement((rest(0),), tuple(parameters))
 
 
-def take_waiting(keys: Sequence[Key], *, shared: bool, xact: bool, timeout: MaybeSeconds) -> Statement:
+@lru_cache(MOST_STATEMENTS)
+def take_waiting(keys: tuple[Key, ...], *, shared: bool, xact: bool, timeout: MaybeSeconds) -> Statement:
     """Take all the keys in this order, waiting at most ``timeout`` seconds over all of them.
 
     Unset keeps the ``lock_timeout`` in force. Running out is PostgreSQL's error 55P03. Within a
-    transaction of somebody else's, the setting is put back as it was. Of a session-level lock the column
-    before the answer tells how long the server took, in seconds.
+    transaction of somebody else's, the setting is put back as it was.
     """
-    if isinstance(timeout, float | int):
-        return _taking_waiting(_spaces(keys), SOME_SECONDS, shared=shared, xact=xact).of(keys, timeout)
-    return _taking_waiting(_spaces(keys), timeout, shared=shared, xact=xact).of(keys)
-
-
-@lru_cache(MOST_SHAPES)
-def _taking_waiting(spaces: Sequence[int], timeout: MaybeSeconds, *, shared: bool, xact: bool) -> _Shape:
-    shape = _Shape(spaces)
+    parameters = _Parameters()
     lock = _function("advisory_lock", shared=shared, xact=xact)
-    columns = []
-    for position in range(len(spaces)):
-        if timeout is SOME_SECONDS:
-            columns.append(shape.having(REMAINING_TIMEOUT if position else WHOLE_TIMEOUT))
-        elif timeout is None and not position:
+    columns, source = [], ""
+    for position, key in enumerate(keys):
+        if timeout is None and not position:
             columns.append("set_config('lock_timeout', '0', true)")
-        columns.append(shape.call(lock, position))
+        elif isinstance(timeout, float | int):
+            limit = REMAINING_TIMEOUT if position else WHOLE_TIMEOUT
+            columns.append(parameters.having(limit, milliseconds(timeout)))
+        # Of a function that returns void: true.
+        columns.append(f"{parameters.call(lock, key)} IS NOT NULL")
     if xact and timeout is not UNSET:
-        columns.append("set_config('lock_timeout', before, true)")
-        shape.source = " FROM (SELECT current_setting('lock_timeout') AS before OFFSET 0) AS settings"
-    shape.columns = (*columns, "true") if xact else (*columns, ELAPSED, "true")
-    return shape
+        columns.append("set_config('lock_timeout', before, true) IS NOT NULL")
+        source = " FROM (SELECT current_setting('lock_timeout') AS before OFFSET 0) AS settings"
+    return Statement(tuple(columns), tuple(parameters), source)
 
 
-def give_back(keys: Sequence[Key], *, shared: bool) -> Statement:
+@lru_cache(MOST_STATEMENTS)
+def give_back(keys: tuple[Key, ...], *, shared: bool) -> Statement:
     """Give the keys back in reverse; answers whether the session had every one of them."""
-    return _giving_back(_spaces(keys), shared=shared).of(keys)
-
-
-@lru_cache(MOST_SHAPES)
-def _giving_back(spaces: Sequence[int], *, shared: bool) -> _Shape:
-    shape = _Shape(spaces)
+    parameters = _Parameters()
     unlock = _function("advisory_unlock", shared=shared)
-    answers = [shape.call(unlock, position) for position in reversed(range(len(spaces)))]
+    answers = [parameters.call(unlock, key) for key in reversed(keys)]
     # An array, because AND would skip the rest after the first false.
-    shape.columns = (answers[0] if len(answers) == 1 else f"true = ALL (ARRAY[{', '.join(answers)}])",)
-    return shape
+    answer = answers[0] if len(answers) == 1 else f"true = ALL (ARRAY[{', '.join(answers)}])"
+    return Statement((answer,), tuple(parameters))

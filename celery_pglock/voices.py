@@ -53,13 +53,15 @@ class Voice:
         self._line = line
         self._mark = mark
         self._marker: Key | None = None
-        self.works_for(owner)
+        self.owner = owner
+        self._name_of_owner = application_name(owner)
         # What the server calls the session by now, as it was told when it was opened.
         self._name = self._name_of_owner
 
     def works_for(self, owner: Owner) -> None:
-        self.owner = owner
-        self._name_of_owner = application_name(owner)
+        if owner is not self.owner:
+            self.owner = owner
+            self._name_of_owner = application_name(owner)
 
     def guarded(self, statement: Statement) -> Statement:
         """The statement, made to fail before it does anything on a session that is not ours."""
