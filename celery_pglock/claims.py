@@ -319,9 +319,10 @@ class Claim:
             statement = statements.take_at_once(self.keys, shared=self.shared, xact=True)
         # A refusal aborts a transaction, and only a savepoint gives partial gains back.
         fragile = hold.transaction is None and (waits or len(self.keys) > 1)
+        connection = connections[self.using]
         try:
             with transaction.atomic(self.using) if fragile else nullcontext():
-                with connections[self.using].cursor() as cursor:
+                with connection.cursor() as cursor:
                     cursor.execute(*self._labelled(statement, owner))
                     is_standby, *_, answer = cursor.fetchone()
                 if is_standby:
@@ -335,8 +336,8 @@ class Claim:
                 return f"{ENDED}: {str(error).strip()}"
             raise
         except BaseException:
-            if (interrupted := connections[self.using].connection) is not None:
-                cancel(interrupted)
+            if connection.connection is not None:
+                cancel(connection.connection)
             raise
         if not answer:
             return TAKEN

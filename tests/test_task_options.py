@@ -389,6 +389,7 @@ def test_manage_check_binds_the_tasks(app, monkeypatch):
     def broken():
         pass
 
+    monkeypatch.setattr("celery_pglock.checks.current_app", Celery())
     call_command("check")
     monkeypatch.setattr("celery_pglock.checks.current_app", app)
     (message,) = tasks_can_work()
