@@ -22,6 +22,7 @@ from celery_pglock import (
     lock_for,
 )
 from celery_pglock.checks import tasks_can_work
+from tests.celery_app import app as our_app
 from tests.models import Entry
 
 EASTER = date(2026, 4, 5)
@@ -385,11 +386,14 @@ def test_what_cannot_work_is_refused_when_the_task_is_bound(app, options, messag
 
 
 def test_manage_check_binds_the_tasks(app, monkeypatch):
+    # Tasks are shared with all apps that are finalized later.
+    our_app.finalize()
+    monkeypatch.setattr("celery_pglock.checks.current_app", our_app)
+
     @app.task(base=AdvisoryTask, lock_kei="x", name="broken")
     def broken():
         pass
 
-    monkeypatch.setattr("celery_pglock.checks.current_app", Celery())
     call_command("check")
     monkeypatch.setattr("celery_pglock.checks.current_app", app)
     (message,) = tasks_can_work()
