@@ -1,7 +1,7 @@
 """Contenders in processes of their own, where neither one's patches nor its settings touch another.
 
-``python -m benchmarks.contenders module:function`` calls the function once, and what that gives for each number
-of operations that it reads; it answers with the seconds they took, in lines of JSON.
+``python -m benchmarks.contenders module:function`` calls the function once, and then what that gave, for each
+number of operations that it reads; it answers with the seconds they took, in lines of JSON.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def write(tables: Mapping[str, Sequence[Table]], scale: Scale) -> None:
 
 def cell(value: str | float | int | None) -> str:
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)
@@ -43,12 +43,10 @@ def _verdict(target: Target) -> list[str]:
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            text.ljust(width) if i == 0 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return lines
+    rules = ["-" * width for width in widths]
+    return ["  ".join(_padded(row, widths)).rstrip() for row in (rows[0], rules, *rows[1:])]
+
+
+def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    first, *others = zip(row, widths, strict=True)
+    return [first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]

@@ -31,7 +31,7 @@ class Quartiles:
 
     @property
     def spread(self) -> str:
-        return f"{self.lower:.3g}–{self.upper:.3g}"
+        return f"{self.lower:.3g}-{self.upper:.3g}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Rounds:
         return Quartiles.of(self.means[name])
 
     def ratio(self, name: str, to: str, *, minus: str | None = None) -> Quartiles:
-        """How many times the other's time, round by round; of what it takes over ``minus``, if that is named."""
+        """How many times the other's time, round by round; only what it takes over ``minus``, if named."""
         less = self.means[minus] if minus else [0.0] * len(self.means[name])
         rounds = zip(self.means[name], less, self.means[to], strict=True)
         return Quartiles.of([(mine - without) / theirs for mine, without, theirs in rounds])

@@ -63,8 +63,8 @@ class Table:
     name:
         Names the chart's file: lower case, digits, hyphens.
     rows:
-        As many cells as columns. Text is printed as it is, a float with three significant digits, ``None`` as a
-        dash.
+        As many cells as columns. Text is printed as it is, a float with three significant digits, ``None``
+        as a dash.
     note:
         What a reader must know to read it; Markdown.
     """
