@@ -40,11 +40,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Bars:
-    """A chart of one column by another, whose figures are drawn as bars."""
+    """A chart of some columns, whose figures are drawn as bars beside the labels of the first column."""
 
-    label: str
-    value: str
-    logarithmic: bool = False
+    values: Sequence[str]
 
 
 @dataclass(frozen=True)
