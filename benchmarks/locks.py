@@ -41,7 +41,7 @@ CONTENDERS = {
 NOTE = """\
 The floor is one prepared `SELECT 1` by a cursor of psycopg. By hand is what two prepared statements cost by
 one cursor: one that takes, and one that gives back. *Floors* is the median over the rounds of the ratio to
-the floor in the same round; half of the rounds are within the *spread*. *By hand* is the ratio to that row."""
+the floor in the same round; half of the rounds are within the *spread*. *Hands* is the ratio to by hand."""
 
 
 def measure(scale: Scale) -> list[Table]:
@@ -56,7 +56,7 @@ def measure(scale: Scale) -> list[Table]:
         Table(
             name="locks",
             title="A free lock, taken and given back",
-            columns=("what", "µs", "floors", "spread", "by hand"),
+            columns=("what", "µs", "floors", "spread", "hands"),
             rows=[_row(found, name) for name in CONTENDERS],
             note=NOTE,
             targets=_targets(found),

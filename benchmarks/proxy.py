@@ -27,16 +27,14 @@ PR_SET_TIMERSLACK = 29
 def distant(*urls: str, round_trip: float) -> Iterator[list[str]]:
     """URLs by which these servers of this host are so many seconds away, there and back."""
     ports = [str(urlsplit(url).port) for url in urls]
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(round_trip / 2), *ports], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout
-        nearby = process.stdout.readline().split()
-        yield [_with_port(url, port) for url, port in zip(urls, nearby, strict=True)]
-    finally:
-        process.kill()
-        process.wait()
+    command = [sys.executable, "-m", __name__, str(round_trip / 2), *ports]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            nearby = process.stdout.readline().split()
+            yield [_with_port(url, port) for url, port in zip(urls, nearby, strict=True)]
+        finally:
+            process.kill()
 
 
 def _with_port(url: str, port: str) -> str:

@@ -77,3 +77,12 @@ class Table:
 
     def column(self, name: str) -> list[str | float | int | None]:
         return [row[list(self.columns).index(name)] for row in self.rows]
+
+
+def cell(value: str | float | int | None) -> str:
+    """A value as a reader sees it."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
