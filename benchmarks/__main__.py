@@ -35,6 +35,7 @@ def main() -> int:
             redis_url=running.enter_context(servers.redis()),
         )
         for name in chosen:
+            print(f"\nMeasuring {name} ...", flush=True)
             measurement = importlib.import_module(f"benchmarks.{name}")
             tables[name] = measurement.measure(scale)
             report.show(tables[name])

@@ -140,7 +140,7 @@ def _workers(scale: Scale, pool: str, variables: Mapping[str, str]) -> Rounds:
     with ExitStack() as running:
         targets = dict.fromkeys(kinds, f"benchmarks.task_contenders:{pool}")
         contenders = running.enter_context(contending(targets, variables, own))
-        return interleaved(contenders, rounds=scale.choose(full=9, quick=3), operations=batch)
+        return interleaved(contenders, rounds=scale.choose(full=7, quick=3), operations=batch)
 
 
 def _plain(kind: str) -> str:
