@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from typing import IO, Any
 
-from benchmarks.celery_app import BATCH, DONE, FAILED
+from benchmarks.celery_app import BATCH, DONE, FAILED, QUEUE
 from benchmarks.rounds import ContenderFailed
 
 Run = Callable[[int], None]
@@ -50,6 +50,8 @@ def _task() -> Any:
 
 def _worked_off(pool: str) -> Run:
     """From the first that is sent until the worker knows the result of the last."""
+    # One app may be measured with different settings at a time.
+    os.environ[QUEUE] = f"benchmark-{os.getpid()}"
     reader, writer = os.pipe()
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
     worker = subprocess.Popen(
