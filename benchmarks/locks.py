@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import cores
 from benchmarks.contenders import contending, variables_of
 from benchmarks.rounds import Rounds, interleaved
 from benchmarks.tables import Bars, Scale, Table, Target
@@ -46,7 +47,7 @@ the floor in the same round; half of the rounds are within the *spread*. *Hands*
 
 def measure(scale: Scale) -> list[Table]:
     targets = {name: f"benchmarks.lock_contenders:{function}" for name, function in CONTENDERS.items()}
-    with contending(targets, variables_of(scale)) as contenders:
+    with cores.apart(scale) as is_apart, contending(targets, variables_of(scale)) as contenders:
         found = interleaved(
             contenders,
             rounds=scale.choose(full=41, quick=5),
@@ -58,7 +59,7 @@ def measure(scale: Scale) -> list[Table]:
             title="A free lock, taken and given back",
             columns=("what", "µs", "floors", "spread", "hands"),
             rows=[_row(found, name) for name in CONTENDERS],
-            note=NOTE,
+            note=f"{NOTE} {cores.NOTE}" if is_apart else NOTE,
             targets=_targets(found),
             chart=Bars(["floors"]),
         )

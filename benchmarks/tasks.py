@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-from benchmarks import proxy
+from benchmarks import cores, proxy
 from benchmarks.celery_app import BATCH
 from benchmarks.contenders import contending, variables_of
 from benchmarks.rounds import Rounds, interleaved
@@ -18,6 +18,7 @@ PLAIN = "plain task"
 PLAIN_WITHOUT_RESULT = "plain task, result ignored"
 SESSION = "AdvisoryTask"
 SESSION_WITHOUT_RESULT = "AdvisoryTask, result ignored"
+BY_HAND = "by hand in the body, psycopg"
 DJANGO_PGLOCK = "django-pglock in the body"
 
 DJANGO = {"DJANGO_SETTINGS_MODULE": "benchmarks.django_settings"}
@@ -31,12 +32,13 @@ KINDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     SESSION: ("session", {**DJANGO, "APPS": "celery_pglock"}),
     SESSION_WITHOUT_RESULT: ("session", {**DJANGO, **WITHOUT_RESULT, "APPS": "celery_pglock"}),
     "XactAdvisoryTask": ("xact", {**DJANGO, "APPS": "celery_pglock"}),
+    BY_HAND: ("by_hand", DJANGO),
     "redis-py Lock in the body": ("redis_lock", DJANGO),
     DJANGO_PGLOCK: ("django_pglock", {**DJANGO, "APPS": "pgactivity pglock"}),
     "celery-once": ("once", DJANGO),
     "celery-singleton": ("singleton", DJANGO),
 }
-QUICK_KINDS = (PLAIN, SESSION, "redis-py Lock in the body", DJANGO_PGLOCK)
+QUICK_KINDS = (PLAIN, SESSION, BY_HAND, "redis-py Lock in the body", DJANGO_PGLOCK)
 
 POOLS = ("prefork", "solo")
 
@@ -108,7 +110,7 @@ def _eager(scale: Scale) -> Table:
     targets = {FLOOR: "benchmarks.lock_contenders:floor"}
     targets |= dict.fromkeys(kinds, "benchmarks.task_contenders:eager")
     own = _environments(tuple(kinds), EAGER="yes")
-    with contending(targets, variables_of(scale), own) as contenders:
+    with cores.apart(scale) as is_apart, contending(targets, variables_of(scale), own) as contenders:
         found = interleaved(
             contenders,
             rounds=scale.choose(full=31, quick=5),
@@ -127,7 +129,7 @@ def _eager(scale: Scale) -> Table:
         title="Tasks run eagerly",
         columns=("what", "µs", "added", "spread"),
         rows=rows,
-        note=EAGER_NOTE,
+        note=f"{EAGER_NOTE} {cores.NOTE}" if is_apart else EAGER_NOTE,
         targets=[Target("added by AdvisoryTask, in floors", added, 2.5)],
         chart=Bars(["added"]),
     )

@@ -72,9 +72,9 @@ class Inventory:
     def holdings(self, fresh: Iterable[Key] = ()) -> list[Holding]:
         """What a label tells: all that it has, and ``fresh`` ones, which it asks for."""
         if not self._since:
-            return [Holding(key, None) for key in sorted(fresh)]
-        told = {**dict.fromkeys(fresh), **self._since}
-        return [Holding(key, since) for key, since in sorted(told.items())]
+            return [Holding(key, None) for key in fresh]
+        told = {**self._since, **{key: None for key in fresh if key not in self._since}}
+        return [Holding(key, since) for key, since in told.items()]
 
     def holdings_without(self, keys: Sequence[Key], *, shared: bool) -> list[Holding]:
         """What a label tells while these are given back, which are held once in this mode."""
