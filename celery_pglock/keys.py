@@ -35,8 +35,8 @@ class Key:
     name: str = field(compare=False)
 
     def __hash__(self) -> int:
-        # Each lock is looked up by it many times. The halves are those of a hash already, or small numbers.
-        return self.objid ^ self.classid
+        # The generated one makes a tuple first, and a lock is looked up by its key a dozen times.
+        return self.classid << 32 | self.objid
 
     @property
     def arguments(self) -> tuple[int, ...]:

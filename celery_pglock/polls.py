@@ -38,11 +38,12 @@ class Watch:
     """Events of one socket that are looked for time and again, without waiting."""
 
     def __init__(self, socket: int, events: int) -> None:
+        self._events = events | ENDED
         self._poll = _new_poll()
         self._poll.register(socket, events)
 
     def has_happened(self) -> bool:
-        return bool(self._poll.poll(0))
+        return any(event & self._events for _, event in self._poll.poll(0))
 
 
 def _poll(events_by_socket: Mapping[int, int], seconds: float) -> bool:
