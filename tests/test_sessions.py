@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
 from contextlib import ExitStack
@@ -13,7 +14,9 @@ import pytest
 from django.db import OperationalError, ProgrammingError, connection, connections
 
 from celery_pglock import LockLost, LockMisuse, LockNotAcquired, Raise, advisory
-from celery_pglock.labels import Owner
+from celery_pglock.keys import key
+from celery_pglock.labels import NOBODY, Owner
+from celery_pglock.lifelines import MOST_PREPARED
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.sessions import LockSession
 from celery_pglock.work_connections import roll_back_what_was_left
@@ -168,6 +171,18 @@ def statements_logged_by_the_server(raw_connection, function):
     return logged
 
 
+def round_trips(raw_connection, function):
+    """How often the server was ready for the next query while the function ran, as libpq has it."""
+    with tempfile.TemporaryFile("w+") as trace:
+        raw_connection.pgconn.trace(trace.fileno())
+        try:
+            function()
+        finally:
+            raw_connection.pgconn.untrace()
+        trace.seek(0)
+        return trace.read().count("ReadyForQuery")
+
+
 LOCKS = [
     advisory("a"),
     advisory("a", timeout=0),
@@ -192,6 +207,59 @@ class TestRoundTrips:
         assert rival.sees_advisory_locks() == len(lock.keys)
         assert len(statements_logged_by_the_server(session._line.connection, lock.release)) == 1
         assert not rival.sees_advisory_locks()
+
+    @pytest.mark.parametrize(
+        "lock", LOCKS, ids=lambda lock: f"{lock.name} limit={lock.limit} timeout={lock.timeout}"
+    )
+    @pytest.mark.usefixtures("pooled")
+    def test_each_is_one_round_trip_from_the_first_time_on(self, rival, lock):
+        raw = pool().lease("default", NOBODY)._line.connection
+        for _ in range(3):
+            assert round_trips(raw, lock.acquire) == 1
+            assert rival.sees_advisory_locks() == len(lock.keys)
+            assert round_trips(raw, lock.release) == 1
+            assert not rival.sees_advisory_locks()
+
+    @pytest.mark.usefixtures("pooled")
+    def test_a_session_prepares_each_kind_of_statement_once(self, rival):
+        raw = pool().lease("default", NOBODY)._line.connection
+        logged = statements_logged_by_the_server(
+            raw, lambda: [lock.release() for lock in LOCKS * 3 if lock.acquire()]
+        )
+        assert len(logged) == 2 * 3 * len(LOCKS)
+        assert sum("PREPARE" in line for line in logged) == len(
+            {line for line in logged if "PREPARE" in line}
+        )
+        assert all("EXECUTE pglock_" in line for line in logged)
+
+    @pytest.mark.usefixtures("pooled")
+    def test_a_session_has_a_bounded_number_of_statements_prepared(self, rival):
+        raw = pool().lease("default", NOBODY)._line.connection
+        for number in range(1, MOST_PREPARED + 3):
+            lock = advisory(*[f"{number}:{one}" for one in range(number)])
+            assert lock.acquire()
+            assert rival.sees_advisory_locks() == number
+            lock.release()
+        assert not rival.sees_advisory_locks()
+        assert raw.execute("SELECT count(*) FROM pg_prepared_statements").fetchone() == (MOST_PREPARED,)
+
+    @pytest.mark.usefixtures("pooled")
+    def test_a_name_that_looks_like_sql_stays_a_name(self, rival):
+        owner = Owner("task", "'); SELECT pg_sleep(10) --\\", "worker")
+        session = pool().lease("default", owner)
+        session.take([key("k")], shared=False, timeout=0)
+        assert rival.ask(LOCK_SESSIONS.replace("'pglock%%'", "'pglock:''); SELECT pg\\_sleep(10) --%%'")) == 1
+        session.give_back([key("k")], shared=False)
+
+    @pytest.mark.usefixtures("pooled")
+    def test_after_a_long_wait_the_session_is_asked_whether_it_was_ended(self, rival, pglock_settings):
+        pglock_settings(LEASE=1)
+        session = pool().lease("default", NOBODY)
+        for wait, trips in ((0, 1), (0.3, 2)):
+            rival.take("k")
+            threading.Timer(wait, rival.give_back, ["k"]).start()
+            assert round_trips(session._line.connection, advisory("k", timeout=5).acquire) == trips
+            advisory("k", timeout=5).release()
 
     @pytest.mark.parametrize("timeout", [0, 5])
     def test_a_transaction_level_lock_costs_one_statement_more_than_its_transaction(self, rival, timeout):
