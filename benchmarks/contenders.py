@@ -20,7 +20,7 @@ from typing import IO, Any
 from benchmarks.rounds import ContenderFailed
 from benchmarks.tables import Scale
 
-END_SECONDS = 5.0
+END_SECONDS = 10.0
 
 
 class Contender:
@@ -74,12 +74,16 @@ class Contender:
 
 
 @contextmanager
-def contending(targets: Mapping[str, str], variables: Mapping[str, str]) -> Iterator[dict[str, Contender]]:
-    """A contender for each target, all with these variables in their environment."""
+def contending(
+    targets: Mapping[str, str],
+    variables: Mapping[str, str],
+    own_variables: Mapping[str, Mapping[str, str]] | None = None,
+) -> Iterator[dict[str, Contender]]:
+    """A contender for each target, with these variables in the environment of all, and of each its own."""
     with ExitStack() as ends:
         contenders = {}
         for name, target in targets.items():
-            contenders[name] = Contender(target, variables)
+            contenders[name] = Contender(target, {**variables, **(own_variables or {}).get(name, {})})
             ends.callback(contenders[name].end)
         yield contenders
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import dj_database_url
 
 SECRET_KEY = "benchmarks"
 USE_TZ = True
-INSTALLED_APPS: list[str] = []
+INSTALLED_APPS = os.environ.get("APPS", "").split()
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
-DATABASES = {"default": dj_database_url.parse(os.environ["DATABASE_URL"])}
+DATABASES = {"default": dj_database_url.config()}
 
 
-def set_up() -> None:
+def set_up(*apps: str) -> None:
+    """Set up Django with these apps, unless somebody has set it up already."""
     import django
+    from django.conf import settings
 
-    os.environ["DJANGO_SETTINGS_MODULE"] = __name__
-    django.setup()
+    if not settings.configured:
+        os.environ |= {"DJANGO_SETTINGS_MODULE": __name__, "APPS": " ".join(apps)}
+        django.setup()
+
+
+def cursor() -> Any:
+    """A cursor of Django's, connected."""
+    from django.db import connection
+
+    return connection.cursor()

@@ -40,11 +40,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Bars:
-    """A chart of one column by another, whose figures are drawn as bars."""
+    """A chart of some columns, whose figures are drawn as bars beside the labels of the first column."""
 
-    label: str
-    value: str
-    logarithmic: bool = False
+    values: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -79,3 +77,12 @@ class Table:
 
     def column(self, name: str) -> list[str | float | int | None]:
         return [row[list(self.columns).index(name)] for row in self.rows]
+
+
+def cell(value: str | float | int | None) -> str:
+    """A value as a reader sees it."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
