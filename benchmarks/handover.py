@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ Turn = tuple[float, float]
 
 
 def measure(scale: Scale) -> list[Table]:
-    seconds = scale.choose(full=20.0, quick=1.5)
+    seconds = scale.choose(full=20.0, quick=1.0)
     rows, targets = [], []
     with processes(PROCESSES, scale.database_url) as executor:
         for words, way in (
@@ -43,8 +44,8 @@ def measure(scale: Scale) -> list[Table]:
             columns=("waiting", "hand-overs", "p50, ms", "p99, ms", "fairness (Jain)"),
             rows=rows,
             note=(
-                f"From just before one process gives the lock back to when the next one has it; each holds it "
-                f"for {HELD * 1e3:g} ms, on {os.cpu_count()} processors for all of them and the server."
+                f"From just before one process gives the lock back to when the next one has it; each holds "
+                f"it for {HELD * 1e3:g} ms, on {os.cpu_count()} processors for all of them and the server."
             ),
             targets=targets,
         )
@@ -98,7 +99,7 @@ WAYS = {"bounded": _bounded, "unbounded": _unbounded, "by_hand": _by_hand}
 
 def _gaps(turns: list[list[Turn]]) -> list[float]:
     in_order = sorted(turn for of_one in turns for turn in of_one)
-    return [after[0] - before[1] for before, after in zip(in_order, in_order[1:], strict=False)]
+    return [after[0] - before[1] for before, after in itertools.pairwise(in_order)]
 
 
 def _jain(counts: list[int]) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def set_up() -> None:
-    from django.conf import settings
     import django
+    from django.conf import settings
 
     from benchmarks import django_settings
 

@@ -40,7 +40,7 @@ def measure(scale: Scale) -> list[Table]:
         servers.postgresql(scale.postgresql, max_connections="500") as url,
         processes(PROCESSES + 1, url) as executor,
     ):
-        for number in scale.choose(full=(0, 50, 100, 200, 350), quick=(100,)):
+        for number in scale.choose(full=(0, 50, 100, 200, 350), quick=(50,)):
             probes = [_while_waiting(executor, url, number) for _ in range(rounds)]
             longest = sorted(one[-1] * 1e3 for one in probes)
             p99 = sorted(quantile(one, 0.99) * 1e3 for one in probes)
@@ -53,8 +53,8 @@ def measure(scale: Scale) -> list[Table]:
             columns=("waiters", "p99, ms", "longest, ms", "longest in all rounds, ms"),
             rows=rows,
             note=(
-                f"Lock and unlock of a key for which nobody waits, from {WATCHED_FROM:g} to {WATCHED:g} s after all "
-                f"began to wait at once: after 1 s each looks for a deadlock, and stops all others for that."
+                f"Lock and unlock of a key for which nobody waits, from {WATCHED_FROM:g} to {WATCHED:g} s "
+                f"after all began to wait at once: after 1 s each looks for a deadlock, which stops all others."
             ),
             targets=[Target(f"stall of others by {most} waiters", stall, LONGEST_STALL, "ms")],
             chart=Lines("waiters", ("longest, ms",)),
