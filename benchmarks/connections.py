@@ -9,24 +9,24 @@ import psycopg
 from benchmarks.processes import processes
 from benchmarks.tables import Scale, Table, Target
 
-SESSIONS = (
-    "SELECT pg_stat_force_next_flush(), sessions FROM pg_stat_database WHERE datname = current_database()"
-)
-TIMES = 1_000
+SESSIONS = """
+SELECT pg_stat_force_next_flush(), sessions FROM pg_stat_database WHERE datname = current_database()
+"""
 
 # In seconds: sessions are counted when they tell of themselves, at their end at the latest.
 TOLD = 0.5
 
 
 def measure(scale: Scale) -> list[Table]:
+    times = scale.choose(full=10_000, quick=200)
     rows = []
     for what, depth in (("one after the other", 1), ("three in each other", 3)):
         before = _sessions(scale.database_url)
         with processes(1, scale.database_url) as executor:
-            executor.submit(nest, TIMES, depth).result()
+            executor.submit(nest, times, depth).result()
         time.sleep(TOLD)
         # The one that asks has been counted, too.
-        rows.append((what, TIMES * depth, _sessions(scale.database_url) - before - 1))
+        rows.append((what, times * depth, _sessions(scale.database_url) - before - 1))
     return [
         Table(
             name="connections",

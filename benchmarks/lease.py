@@ -12,7 +12,7 @@ from benchmarks.tables import Scale, Table, Target
 LONGEST_IDLE = 12.0
 
 Use = tuple[float, float, int]
-"""Seconds that went by, those of a processor that were used, and the threads at the end."""
+"""Seconds that went by, those of a processor that were used, and threads more than before."""
 
 
 def measure(scale: Scale) -> list[Table]:
@@ -23,19 +23,19 @@ def measure(scale: Scale) -> list[Table]:
     with processes(len(kinds), scale.database_url) as executor:
         futures = {what: executor.submit(kind, seconds) for what, kind in kinds.items()}
         uses = {what: future.result() for what, future in futures.items()}
-    bounds = {"one lock": 0.1}
+    # That the process wakes up to look at its own clock counts, too.
+    bounds = {"one lock": 0.1, "nothing, but a lock was held once": 0.001}
     return [
         Table(
             name="lease",
             title="A process that holds",
-            columns=("what", "seconds", "processor, ms", "of a core, %", "threads"),
+            columns=("what", "seconds", "processor, ms", "of a core, %", "threads more"),
             rows=[
-                (what, past, used * 1e3, 100 * used / past, number)
-                for what, (past, used, number) in uses.items()
+                (what, past, used * 1e3, 100 * used / past, more) for what, (past, used, more) in uses.items()
             ],
             note="With the default lease of 30 s.",
             targets=[
-                Target(f"processor time: {what}", 100 * used / past, bounds.get(what, 0.0), "% of a core")
+                Target(f"processor time: {what}", 100 * used / past, bounds[what], "% of a core")
                 for what, (past, used, _) in uses.items()
             ],
         )
@@ -52,18 +52,19 @@ def idle(seconds: float) -> Use:
     give_up = time.monotonic() + LONGEST_IDLE
     while threading.active_count() > before and time.monotonic() < give_up:
         time.sleep(0.1)
-    return _use(seconds)
+    return _use(seconds, before)
 
 
 def hold(seconds: float) -> Use:
     """A lock is held meanwhile."""
     from celery_pglock import advisory
 
+    before = threading.active_count()
     with advisory("held"):
-        return _use(seconds)
+        return _use(seconds, before)
 
 
-def _use(seconds: float) -> Use:
+def _use(seconds: float, threads: int) -> Use:
     began, before = time.monotonic(), processor_seconds()
     time.sleep(seconds)
-    return time.monotonic() - began, processor_seconds() - before, threading.active_count()
+    return time.monotonic() - began, processor_seconds() - before, threading.active_count() - threads

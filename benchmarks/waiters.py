@@ -54,7 +54,7 @@ def measure(scale: Scale) -> list[Table]:
             rows=rows,
             note=(
                 f"Lock and unlock of a key for which nobody waits, from {WATCHED_FROM:g} to {WATCHED:g} s "
-                f"after all began to wait at once: after 1 s each looks for a deadlock, which stops all others."
+                f"after all began to wait at once: after 1 s each looks for a deadlock, stopping all others."
             ),
             targets=[Target(f"stall of others by {most} waiters", stall, LONGEST_STALL, "ms")],
             chart=Lines("waiters", ("longest, ms",)),
