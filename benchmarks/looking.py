@@ -67,7 +67,7 @@ def _costs(found: Mapping[str, Rounds], most: int) -> Table:
             "a transaction. Where somebody waits, the others read `pg_locks` in full, once or twice."
         ),
         targets=[Target(f"{PIDS}, {most:,} locks", asked.seconds(PIDS).median * 1e3, 1.0, "ms")],
-        chart=Bars("question", columns[-2]),
+        chart=Bars((columns[-2],)),
     )
 
 
