@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,7 +14,7 @@ import psycopg
 
 from benchmarks import servers
 from benchmarks.processes import START_SECONDS, processes, quantile, wait_for
-from benchmarks.rounds import Rounds, interleaved
+from benchmarks.rounds import Quartiles, Rounds, interleaved
 from benchmarks.tables import Bars, Scale, Table, Target
 
 HOLDERS = 100
@@ -26,10 +26,13 @@ SETTINGS = {"max_connections": "400", "max_locks_per_transaction": "256"}
 FLOOR = "floor: SELECT 1"
 PIDS = "who is blocked by whom, by pids"
 WAITS = "BlockedPGLock.objects.all()"
+NOBODY = "nobody"
+WAYS = (NOBODY, PIDS, WAITS)
 STATEMENT = "SELECT pid, blockers FROM celery_pglock_blocked"
 
-# In seconds: how often somebody looks, and how long the locks of others rest meanwhile.
+# In seconds: how often somebody looks, for how long at a time, and how long locks of others rest meanwhile.
 LOOK_EVERY = 1.0
+SLICE = 2.0
 REST = 0.001
 
 Questions = Mapping[str, Callable[[], object]]
@@ -37,7 +40,7 @@ Questions = Mapping[str, Callable[[], object]]
 
 def measure(scale: Scale) -> list[Table]:
     numbers = scale.choose(full=(1_000, 10_000, 50_000), quick=(10_000,))
-    rounds, seconds = scale.choose(full=(15, 20.0), quick=(3, 1.2))
+    rounds, slices = scale.choose(full=(15, 8), quick=(3, 1))
     with servers.postgresql(scale.postgresql, **SETTINGS) as url, processes(2, url) as executor:
         executor.submit(migrate).result()
         found = {}
@@ -45,10 +48,11 @@ def measure(scale: Scale) -> list[Table]:
             with _crowd(url, number, WAITERS):
                 found[f"{number:,} locks, ms"] = executor.submit(ask, rounds).result()
                 if number == numbers[-1]:
-                    ways = {way: _meanwhile(executor, way, seconds) for way in ("nobody", *LOOKS)}
+                    # In turns, because the machine may be busier later.
+                    turns = [{way: _meanwhile(executor, way) for way in WAYS} for _ in range(slices)]
         with _crowd(url, numbers[-1], 0):
             found[f"{numbers[-1]:,}, nobody waits, ms"] = executor.submit(ask, rounds).result()
-    return [_costs(found, numbers[-1]), _effects(ways, numbers[-1])]
+    return [_costs(found, numbers[-1]), _effects(turns, numbers[-1])]
 
 
 def _costs(found: Mapping[str, Rounds], most: int) -> Table:
@@ -71,22 +75,23 @@ def _costs(found: Mapping[str, Rounds], most: int) -> Table:
     )
 
 
-def _effects(ways: Mapping[str, list[float]], locks: int) -> Table:
-    alone = ways["nobody"]
+def _effects(turns: Sequence[Mapping[str, list[float]]], locks: int) -> Table:
+    def ratio(way: str, part: float) -> float:
+        ratios = [quantile(turn[way], part) / quantile(turn[NOBODY], part) for turn in turns]
+        return Quartiles.of(ratios).median
 
-    def figures(took: list[float]) -> tuple[float, ...]:
-        p50, p99 = quantile(took, 0.5), quantile(took, 0.99)
-        return p50 * 1e3, p50 / quantile(alone, 0.5), p99 * 1e3, p99 / quantile(alone, 0.99), took[-1] * 1e3
-
-    rows = [(way, *figures(took)) for way, took in ways.items()]
-    ratio = quantile(ways[PIDS], 0.5) / quantile(alone, 0.5)
+    rows = []
+    for way in WAYS:
+        took = sorted(one for turn in turns for one in turn[way])
+        p50, p99 = (quantile(took, part) * 1e3 for part in (0.5, 0.99))
+        rows.append((way, p50, ratio(way, 0.5), p99, ratio(way, 0.99), took[-1] * 1e3))
     return Table(
         name="looked-at",
         title=f"Locks of others while somebody looks every {LOOK_EVERY:g} s, at {locks:,} locks",
         columns=("who looks", "p50, ms", "ratio", "p99, ms", "ratio of p99", "longest, ms"),
         rows=rows,
         note="A read of `pg_locks` stops all who take locks while it copies them: see the longest.",
-        targets=[Target(f"lock of others while {PIDS} is asked, p50", ratio, 1.1, "times")],
+        targets=[Target(f"lock of others while {PIDS} is asked, p50", ratio(PIDS, 0.5), 1.1, "times")],
     )
 
 
@@ -133,36 +138,33 @@ def _questions(connection: psycopg.Connection[Any]) -> Questions:
     }
 
 
-def look(start: float, way: str, seconds: float) -> None:
+def look(start: float, way: str) -> None:
     """Ask the same time and again."""
     with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as connection:
         question = _questions(connection)[way]
         moment = start
-        while moment < start + seconds:
+        while moment < start + SLICE:
             wait_for(moment)
             question()
             moment += LOOK_EVERY
 
 
-LOOKS = (PIDS, WAITS)
-
-
-def _meanwhile(executor: Executor, way: str, seconds: float) -> list[float]:
+def _meanwhile(executor: Executor, way: str) -> list[float]:
     """How long locks of others take meanwhile, longest last."""
     start = time.monotonic() + START_SECONDS
-    looks = executor.submit(look, start, way, seconds) if way in LOOKS else None
-    took: list[float] = executor.submit(take_others, start, seconds).result()
+    looks = executor.submit(look, start, way) if way != NOBODY else None
+    took: list[float] = executor.submit(take_others, start).result()
     if looks:
         looks.result()
     return sorted(took)
 
 
-def take_others(start: float, seconds: float) -> list[float]:
+def take_others(start: float) -> list[float]:
     """How many seconds it took each time to take and give back a lock that nobody else wants."""
     took = []
     with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as connection:
         wait_for(start)
-        while (began := time.monotonic()) < start + seconds:
+        while (began := time.monotonic()) < start + SLICE:
             connection.execute("SELECT pg_advisory_lock(-1)", prepare=True)
             connection.execute("SELECT pg_advisory_unlock(-1)", prepare=True)
             took.append(time.monotonic() - began)
