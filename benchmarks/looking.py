@@ -28,7 +28,6 @@ PIDS = "who is blocked by whom, by pids"
 WAITS = "BlockedPGLock.objects.all()"
 NOBODY = "nobody"
 WAYS = (NOBODY, PIDS, WAITS)
-STATEMENT = "SELECT pid, blockers FROM celery_pglock_blocked"
 
 # In seconds: how often somebody looks, for how long at a time, and how long locks of others rest meanwhile.
 LOOK_EVERY = 1.0
@@ -120,6 +119,7 @@ def _seconds(question: Callable[[], object], times: int) -> float:
 def _questions(connection: psycopg.Connection[Any]) -> Questions:
     from celery_pglock import advisory, inquiries, obstructions
     from celery_pglock.models import BlockedPGLock, PGLock
+    from celery_pglock.waiters import BLOCKED
 
     def statement(sql: str) -> Callable[[], object]:
         return lambda: connection.execute(sql, prepare=True).fetchall()
@@ -127,7 +127,7 @@ def _questions(connection: psycopg.Connection[Any]) -> Questions:
     everything = inquiries.asked(None, dict.fromkeys(inquiries.Chosen.__dataclass_fields__))
     return {
         FLOOR: statement("SELECT 1"),
-        PIDS: statement(STATEMENT),
+        PIDS: statement(BLOCKED.replace("%%", "%")),
         "BlockedPGLock.objects.pids()": BlockedPGLock.objects.pids,
         WAITS: lambda: list(BlockedPGLock.objects.all()),
         "pglock --tree": lambda: inquiries.forest(everything),

@@ -814,7 +814,7 @@ def test_what_cannot_be_is_an_error_of_one_line(arguments, message, transactiona
     assert message in error_of(*arguments)
 
 
-VIEWS = ("pgactivity", "pglock", "blockedpglock", "blocked", "wait")
+VIEWS = ("pgactivity", "pglock", "blockedpglock", "wait")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--blocking"], ["--tree"], ["--why", "x"]])

@@ -892,11 +892,11 @@ def test_an_option_that_a_bootstep_does_not_have_is_refused_with_a_guess():
 
 
 def test_a_bootstep_without_its_tables_names_the_command_and_has_no_traceback(rival):
-    rival.connection.execute("ALTER VIEW celery_pglock_blocked RENAME TO elsewhere")
+    rival.connection.execute("ALTER VIEW celery_pglock_wait RENAME TO elsewhere")
     try:
         with running_bootstep() as worker:
             wait_until(lambda: "run manage.py migrate celery_pglock" in worker.log)
             assert "Looking every 1 s after critical tasks on alias 'default'" in worker.log
             assert "Traceback" not in worker.log
     finally:
-        rival.connection.execute("ALTER VIEW elsewhere RENAME TO celery_pglock_blocked")
+        rival.connection.execute("ALTER VIEW elsewhere RENAME TO celery_pglock_wait")

@@ -2,28 +2,20 @@ from typing import Any
 
 from django.db import migrations
 
-# Nobody idle waits for a lock; what others do may be hidden from this role, so that they are asked about, too.
-# What this transaction has seen of the backends before is forgotten, or those who wait since then were missed.
-BLOCKED = """
-CREATE VIEW celery_pglock_blocked AS
+# Who waits is asked first, of those who do something: nobody idle waits for a lock, and what others do may be
+# hidden from this role. pg_locks is read once, and only if somebody waits, because that stops all who take
+# locks, for longer the more there are. What this transaction has seen of the backends before is forgotten, or
+# those who wait since then were missed.
+WAITS = r"""
+CREATE VIEW celery_pglock_wait AS
 WITH active AS MATERIALIZED (
-    SELECT pid, application_name, query, ARRAY(SELECT DISTINCT unnest(pg_blocking_pids(pid)) ORDER BY 1) AS blockers
+    SELECT pid, application_name,
+        regexp_replace(substring(query FROM '^/\*(pglock:1 [^*]*\*?)'), '(?:\*| [^ *]*)$', ' ') AS label,
+        ARRAY(SELECT DISTINCT unnest(pg_blocking_pids(pid))) AS blockers
     FROM pg_stat_activity
     WHERE (SELECT count(forgotten) FROM (SELECT pg_stat_clear_snapshot() AS forgotten OFFSET 0) AS f) > 0
         AND datname = current_database()
         AND coalesce(state, '') NOT LIKE 'idle%'
-)
-SELECT pid, application_name, query, blockers FROM active WHERE cardinality(blockers) > 0
-"""
-
-# pg_locks is read once, and only if somebody waits, because that stops all who take locks, for longer the
-# more there are.
-WAITS = r"""
-CREATE VIEW celery_pglock_wait AS
-WITH labels AS MATERIALIZED (
-    SELECT pid, blockers, application_name,
-        regexp_replace(substring(query FROM '^/\*(pglock:1 [^*]*\*?)'), '(?:\*| [^ *]*)$', ' ') AS label
-    FROM celery_pglock_blocked
 ), blocked AS MATERIALIZED (
     SELECT pid, blockers, label,
         substring(label FROM ' task=([^ ]*) ') AS task_name,
@@ -37,7 +29,7 @@ WITH labels AS MATERIALIZED (
         FROM regexp_split_to_table(substring(application_name FROM '^(?:pglock|celery):(.*)$'), '')
              WITH ORDINALITY AS characters (c, position)
     ) AS task_id
-    FROM labels
+    FROM active WHERE cardinality(blockers) > 0
 ), locks AS MATERIALIZED (
     SELECT locktype, database, relation, page, tuple, virtualxid, transactionid, classid, objid, objsubid,
         virtualtransaction, pid, mode, granted, waitstart
@@ -108,9 +100,9 @@ LEFT JOIN pg_class AS c ON c.oid = l.its_relation
 LEFT JOIN pg_namespace AS n ON n.oid = c.relnamespace
 """
 
-# They show to a role what it sees in pg_locks and pg_stat_activity, and one that has rights on the views that
+# It shows to a role what it sees in pg_locks and pg_stat_activity, and one that has rights on the views that
 # were there before needs no others than those.
-FOR_EVERYBODY = "GRANT SELECT ON celery_pglock_blocked, celery_pglock_wait TO PUBLIC"
+FOR_EVERYBODY = "GRANT SELECT ON celery_pglock_wait TO PUBLIC"
 
 COLUMNS = """
     l.type, l.activity_id, l.mode, l.granted, l.wait_start, l.wait_duration, l.since, l.rel_kind, l.rel_name, l.relation,
@@ -136,7 +128,7 @@ WHERE NOT l.granted
 def look_at_sessions_first(apps: Any, schema_editor: Any) -> None:
     if schema_editor.connection.vendor == "postgresql":
         # Without parameters, or a % would ask for one.
-        for sql in (BLOCKED, WAITS, FOR_EVERYBODY, BLOCKED_LOCKS):
+        for sql in (WAITS, FOR_EVERYBODY, BLOCKED_LOCKS):
             schema_editor.execute(sql, params=None)
 
 
@@ -144,7 +136,6 @@ def look_at_locks_first(apps: Any, schema_editor: Any) -> None:
     if schema_editor.connection.vendor == "postgresql":
         schema_editor.execute(BLOCKED_LOCKS_BEFORE, params=None)
         schema_editor.execute("DROP VIEW celery_pglock_wait")
-        schema_editor.execute("DROP VIEW celery_pglock_blocked")
 
 
 class Migration(migrations.Migration):
