@@ -22,7 +22,7 @@ LEFT JOIN (
     SELECT pid, array_remove(pg_blocking_pids(pid), pg_backend_pid()) AS others
     FROM pg_stat_get_activity(NULL)
     WHERE datid = (SELECT oid FROM pg_database WHERE datname = current_database())
-        AND coalesce(state, '') NOT LIKE 'idle%%' AND pid <> pg_backend_pid()
+        AND coalesce(state, '') NOT LIKE 'idle%%'
     OFFSET 0
 ) AS active ON cardinality(others) > 0
 """

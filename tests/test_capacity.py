@@ -2,14 +2,13 @@
 
 import psycopg
 import pytest
-from celery import states
+from celery import Celery, states
 from django.core import mail
 from django.db import OperationalError, connections
 
 from celery_pglock import AdvisoryTask, advisory
 from celery_pglock.keys import key
 from celery_pglock.pool import pool
-from tests.celery_app import app
 from tests.servers import Cluster
 
 FULL = "out of shared memory"
@@ -60,11 +59,6 @@ def empty(crammer):
     crammer.execute("SELECT pg_advisory_unlock_all()")
 
 
-@app.task(base=AdvisoryTask, lock_key="room", lock_using="small")
-def wants_room():
-    return "done"
-
-
 @pytest.mark.parametrize(
     "options", [{"timeout": 0}, {"timeout": 1}, {"timeout": None}, {"limit": 3}, {"xact": True}]
 )
@@ -104,6 +98,13 @@ def test_locks_that_are_held_already_are_given_back_where_there_is_no_room(cramm
 
 
 def test_a_task_for_which_there_is_no_room_does_not_run(crammer):
+    # The alias is there in these tests alone, and the tests' app binds the tasks of all.
+    app = Celery("capacity", set_as_current=False)
+
+    @app.task(base=AdvisoryTask, lock_key="room", lock_using="small", shared=False)
+    def wants_room():
+        return "done"
+
     assert wants_room.apply().get() == "done"
     fill(crammer)
     result = wants_room.apply()
