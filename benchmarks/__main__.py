@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import signal
 import sys
 import time
 
@@ -25,6 +26,8 @@ def main() -> int:
     if unknown := sorted(set(chosen) - set(MEASUREMENTS)):
         parser.error(f"no such part: {', '.join(unknown)}")
 
+    # An end in order, for the servers, too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     started = time.monotonic()
     tables: dict[str, list[Table]] = {}
     with contextlib.ExitStack() as running:
@@ -35,6 +38,7 @@ def main() -> int:
             redis_url=running.enter_context(servers.redis()),
         )
         for name in chosen:
+            print(f"\nMeasuring {name} ...", flush=True)
             measurement = importlib.import_module(f"benchmarks.{name}")
             tables[name] = measurement.measure(scale)
             report.show(tables[name])

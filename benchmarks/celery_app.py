@@ -8,22 +8,23 @@ from typing import Any
 from celery import Celery, Task
 from celery.worker.request import Request
 
-# The file descriptor by which a worker tells of a batch that is done, and the size of one.
+# The file descriptor by which a worker tells of a batch that is done, the size of one, and its queue.
 DONE = "DONE"
 BATCH = "BATCH"
+QUEUE = "QUEUE"
 
 ALL_DONE = b"."
 FAILED = b"!"
 
 
 def made(name: str) -> Celery:
-    """An app with a queue of its own, in a Django project if ``DJANGO_SETTINGS_MODULE`` names one."""
+    """An app in a Django project, if ``DJANGO_SETTINGS_MODULE`` names one."""
     if "DJANGO_SETTINGS_MODULE" in os.environ:
         import django
 
         django.setup()
     app = Celery(f"benchmarks.{name}", broker=os.environ["REDIS_URL"])
-    app.conf.task_default_queue = name
+    app.conf.task_default_queue = os.environ.get(QUEUE, name)
     app.conf.broker_connection_retry_on_startup = True
     app.conf.task_ignore_result = bool(os.environ.get("IGNORE_RESULT"))
     app.conf.task_always_eager = bool(os.environ.get("EAGER"))

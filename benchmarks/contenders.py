@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,8 @@ class Contender:
     def end(self) -> None:
         assert self._process.stdin
         self._process.stdin.close()
+        # It may be in the middle of a turn.
+        self._process.terminate()
         try:
             self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -111,6 +114,8 @@ def serve(target: str, orders: IO[str], answers: IO[str]) -> None:
 
 
 def main() -> None:
+    # An end in order: what it has started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     # What others print must not be taken for an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

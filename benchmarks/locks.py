@@ -49,8 +49,8 @@ def measure(scale: Scale) -> list[Table]:
     with contending(targets, variables_of(scale)) as contenders:
         found = interleaved(
             contenders,
-            rounds=scale.choose(full=41, quick=7),
-            seconds=scale.choose(full=0.06, quick=0.03),
+            rounds=scale.choose(full=41, quick=5),
+            seconds=scale.choose(full=0.06, quick=0.02),
         )
     return [
         Table(

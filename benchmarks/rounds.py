@@ -42,16 +42,22 @@ class Rounds:
     failures: Mapping[str, str] = field(default_factory=dict)
 
     def seconds(self, name: str) -> Quartiles:
-        return Quartiles.of(self.means[name])
+        return Quartiles.of(self._of(name))
 
     def ratio(self, name: str, to: str, *, minus: str | None = None) -> Quartiles:
         """How many times the other's time, round by round; only what it takes over ``minus``, if named."""
-        less = self.means[minus] if minus else [0.0] * len(self.means[name])
-        rounds = zip(self.means[name], less, self.means[to], strict=True)
-        return Quartiles.of([(mine - without) / theirs for mine, without, theirs in rounds])
+        mine = self._of(name)
+        less = self._of(minus) if minus else [0.0] * len(mine)
+        rounds = zip(mine, less, self._of(to), strict=True)
+        return Quartiles.of([(own - without) / theirs for own, without, theirs in rounds])
 
-    def has(self, *names: str) -> bool:
-        return all(name in self.means for name in names)
+    def has(self, name: str) -> bool:
+        return name in self.means
+
+    def _of(self, name: str) -> Sequence[float]:
+        if name in self.failures:
+            raise ContenderFailed(f"{name}: {self.failures[name]}")
+        return self.means[name]
 
 
 def interleaved(

@@ -14,15 +14,12 @@ import tempfile
 from collections.abc import Callable
 from typing import IO, Any
 
-from benchmarks.celery_app import BATCH, DONE, FAILED
+from benchmarks.celery_app import BATCH, DONE, FAILED, QUEUE
 from benchmarks.rounds import ContenderFailed
 
 Run = Callable[[int], None]
 
 PATIENCE = 30.0  # seconds, the start of the worker among them
-
-# A worker is measured, and what it does now and then beside its work is not.
-QUIETLY = ("--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel=WARNING")
 
 
 def eager() -> Run:
@@ -40,24 +37,25 @@ def eager() -> Run:
 
 def prefork() -> Run:
     """By a worker with two child processes."""
-    return _worked_off("--pool=prefork", "--concurrency=2")
+    return _worked_off("prefork")
 
 
 def solo() -> Run:
-    return _worked_off("--pool=solo")
+    return _worked_off("solo")
 
 
 def _task() -> Any:
     return importlib.import_module(os.environ["TASK_APP"]).task
 
 
-def _worked_off(*options: str) -> Run:
+def _worked_off(pool: str) -> Run:
     """From the first that is sent until the worker knows the result of the last."""
+    # One app may be measured with different settings at a time.
+    os.environ[QUEUE] = f"benchmark-{os.getpid()}"
     reader, writer = os.pipe()
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
-    command = [sys.executable, "-m", "celery", "-A", os.environ["TASK_APP"], "worker", *options, *QUIETLY]
     worker = subprocess.Popen(
-        [*command, f"--hostname={os.environ['TASK_APP']}@{os.getpid()}"],
+        [sys.executable, "-m", "benchmarks.worker", pool],
         stdout=log,
         stderr=log,
         pass_fds=[writer],

@@ -37,7 +37,6 @@ KINDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "celery-singleton": ("singleton", DJANGO),
 }
 QUICK_KINDS = (PLAIN, SESSION, "redis-py Lock in the body", DJANGO_PGLOCK)
-OURS = (SESSION, SESSION_WITHOUT_RESULT, "XactAdvisoryTask")
 
 POOLS = ("prefork", "solo")
 
@@ -104,15 +103,16 @@ def _environments(kinds: tuple[str, ...], **variables: str) -> dict[str, Mapping
 
 
 def _eager(scale: Scale) -> Table:
-    kinds = [kind for kind in KINDS if kind not in (PLAIN_WITHOUT_RESULT, SESSION_WITHOUT_RESULT)]
+    # Run eagerly, no task has its result stored.
+    kinds = [kind for kind in _kinds(scale) if kind not in (PLAIN_WITHOUT_RESULT, SESSION_WITHOUT_RESULT)]
     targets = {FLOOR: "benchmarks.lock_contenders:floor"}
     targets |= dict.fromkeys(kinds, "benchmarks.task_contenders:eager")
     own = _environments(tuple(kinds), EAGER="yes")
     with contending(targets, variables_of(scale), own) as contenders:
         found = interleaved(
             contenders,
-            rounds=scale.choose(full=31, quick=7),
-            seconds=scale.choose(full=0.06, quick=0.03),
+            rounds=scale.choose(full=31, quick=5),
+            seconds=scale.choose(full=0.06, quick=0.02),
         )
     rows: list[tuple[str | float | None, ...]] = []
     for kind in kinds:
@@ -135,12 +135,12 @@ def _eager(scale: Scale) -> Table:
 
 def _workers(scale: Scale, pool: str, variables: Mapping[str, str]) -> Rounds:
     kinds = _kinds(scale)
-    batch = scale.choose(full=200, quick=100)
+    batch = scale.choose(full=150, quick=100)
     own = _environments(kinds, **{BATCH: str(batch)})
     with ExitStack() as running:
         targets = dict.fromkeys(kinds, f"benchmarks.task_contenders:{pool}")
         contenders = running.enter_context(contending(targets, variables, own))
-        return interleaved(contenders, rounds=scale.choose(full=9, quick=3), operations=batch)
+        return interleaved(contenders, rounds=scale.choose(full=7, quick=3), operations=batch)
 
 
 def _plain(kind: str) -> str:
