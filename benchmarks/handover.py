@@ -11,8 +11,6 @@ from contextlib import AbstractContextManager, contextmanager
 from benchmarks.processes import at_once, processes, quantile, wait_for
 from benchmarks.tables import Scale, Table, Target
 
-PROCESSES = 8
-
 # In seconds: long enough for whoever gave the lock back to stand in the queue again.
 HELD = 0.001
 LONGEST_WAIT = 30.0
@@ -22,15 +20,15 @@ Turn = tuple[float, float]
 
 
 def measure(scale: Scale) -> list[Table]:
-    seconds = scale.choose(full=20.0, quick=1.0)
+    number, seconds = scale.choose(full=(8, 20.0), quick=(4, 1.0))
     rows, targets = [], []
-    with processes(PROCESSES, scale.database_url) as executor:
+    with processes(number, scale.database_url) as executor:
         for words, way in (
             ("by hand", "by_hand"),
             ("ours, with a timeout", "bounded"),
             ("ours", "unbounded"),
         ):
-            turns = [one.result() for one in at_once(executor, PROCESSES, take_turns, seconds, way)]
+            turns = [one.result() for one in at_once(executor, number, take_turns, seconds, way)]
             gaps = sorted(_gaps(turns))
             p99, fairness = quantile(gaps, 0.99) * 1e3, _jain([len(one) for one in turns])
             rows.append((words, len(gaps), quantile(gaps, 0.5) * 1e3, p99, fairness))
@@ -40,7 +38,7 @@ def measure(scale: Scale) -> list[Table]:
     return [
         Table(
             name="handover",
-            title=f"One key, {PROCESSES} processes that wait for it",
+            title=f"One key, {number} processes that wait for it",
             columns=("waiting", "hand-overs", "p50, ms", "p99, ms", "fairness (Jain)"),
             rows=rows,
             note=(

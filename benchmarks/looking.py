@@ -39,7 +39,7 @@ Questions = Mapping[str, Callable[[], object]]
 
 def measure(scale: Scale) -> list[Table]:
     numbers = scale.choose(full=(1_000, 10_000, 50_000), quick=(10_000,))
-    rounds, slices = scale.choose(full=(15, 8), quick=(3, 1))
+    rounds, slices = scale.choose(full=(15, 8), quick=(2, 1))
     with servers.postgresql(scale.postgresql, **SETTINGS) as url, processes(2, url) as executor:
         executor.submit(migrate).result()
         found = {}

@@ -14,7 +14,7 @@ from benchmarks.processes import processes, quantile, wait_for
 from benchmarks.tables import Lines, Scale, Table, Target
 
 # Threads of few processes, because hundreds of processes would be what is measured.
-PROCESSES = 5
+PROCESSES = 3
 
 # PostgreSQL's own default of deadlock_timeout is a second: then each waiter looks for a deadlock.
 WATCHED_FROM = 0.7
