@@ -310,7 +310,7 @@ class TestWhoIsStopped:
         assert clear(min_wait=60)["critical"] == []
         assert clear(min_wait=timedelta(minutes=1))["stopped"] == []
         assert is_there(blocker) == [True]
-        assert len(clear(min_wait=0.01)["stopped"]) == 1
+        assert len(wait_until(lambda: clear(min_wait=0.01)["stopped"])) == 1
         assert is_there(blocker) == [False]
 
     def test_nobody_is_stopped_for_a_task_that_is_not_critical(self, somebody):
