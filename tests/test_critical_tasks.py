@@ -99,7 +99,8 @@ def begun(key, times=1):
 
 
 def waiting(times=1):
-    wait_until(lambda: BlockedPGLock.objects.values("activity_id").distinct().count() >= times, "waiting")
+    waits = BlockedPGLock.objects.filter(wait_start__isnull=False).values("activity_id").distinct()
+    wait_until(lambda: waits.count() >= times, "waiting")
 
 
 def reached(result, state):
