@@ -13,7 +13,7 @@ from benchmarks import report, servers
 from benchmarks.tables import Scale, Table
 
 # In the order in which they are told.
-MEASUREMENTS = ("locks", "tasks")
+MEASUREMENTS = ("locks", "tasks", "handover", "waiters", "looking", "lease", "connections", "memory")
 
 
 def main() -> int:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
-from django.contrib.postgres.fields import ArrayField
 from django.db.models import (
     BooleanField,
     Count,
     DurationField,
     ExpressionWrapper,
     F,
-    Func,
-    IntegerField,
     Q,
     Window,
 )
 from django.db.models.functions import Now
 
-from celery_pglock import config, labels
+from celery_pglock import config, labels, waiters
 from celery_pglock.config import Chosen
 from celery_pglock.errors import LockMisuse, did_you_mean
 from celery_pglock.holders import Explanation, Holder
@@ -32,13 +29,20 @@ from celery_pglock.looks import looking
 from celery_pglock.models import BlockedPGLock, PGActivity, PGLock
 from celery_pglock.printed_texts import in_json, one_line
 from celery_pglock.querysets import IS_MARKER, OwnPid
-from celery_pglock.trees import Cycle, Obstacle, Pid, Tree, Wait, Waits
+from celery_pglock.trees import Cycle, Obstacle, Tree, Wait, Waits
+from celery_pglock.waiters import Pid
 from celery_pglock.wordings import UNREADABLE
 
 INT = re.compile(r"0|-?[1-9][0-9]*")
 PAIR = re.compile(r"\(\s*(0|-?[1-9][0-9]*)\s*,\s*(0|-?[1-9][0-9]*)\s*\)")
 # The locks by which transactions can be waited for: each holds those on itself, and mostly nobody waits.
 NOT_WAITED_FOR = IS_MARKER | Q(granted=True, type__in=("VIRTUALXID", "TRANSACTIONID"))
+
+WAITS = """
+SELECT *, array_remove(blockers, pg_backend_pid()) AS others
+FROM celery_pglock_wait
+WHERE activity_id <> pg_backend_pid()
+"""
 
 # Choices for a person to read.
 MOST_TASKS = 100
@@ -47,14 +51,6 @@ IN_QUOTES = re.compile(r"""(["'])(.*)\1""", re.DOTALL)
 
 Rows: TypeAlias = Any
 """A queryset of ``PGLock`` or ``BlockedPGLock``."""
-
-
-class Blockers(Func):
-    """Who is in the way of a backend; not the one that asks. 0 is a transaction that was prepared."""
-
-    function = "pg_blocking_pids"
-    template = "array_remove(%(function)s(%(expressions)s), pg_backend_pid())"
-    output_field = ArrayField(IntegerField())
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +124,11 @@ def all_waits(alias: str) -> Rows:
     return found.exclude(blocking_activity_id=OwnPid()).select_related("activity", "blocking_activity")
 
 
-def blockers_of(pids: Iterable[int], alias: str) -> dict[int, list[Pid]]:
+def blockers_of(pids: Iterable[int], alias: str) -> dict[int, tuple[Pid, ...]]:
     """Who is in the way of each of these backends, as far as they wait."""
-    waiting = PGLock.objects.using(alias).filter(granted=False, activity_id__in=set(pids))
-    found = waiting.annotate(blockers=Blockers("activity_id")).values_list("activity_id", "blockers")
-    return {pid: [blocker or None for blocker in sorted(set(blockers))] for pid, blockers in found}
+    wanted = set(pids)
+    found = waiters.blocked(alias) if wanted else {}
+    return {pid: blockers for pid, blockers in found.items() if pid in wanted}
 
 
 def task_names(alias: str) -> list[str]:
@@ -226,19 +222,23 @@ def _holder_in_json(holder: Holder) -> dict[str, Any]:
 
 
 def _all_waits(alias: str) -> list[Wait]:
+    if not waiters.blocked(alias):
+        return []
     # In a queue of n waiters each is behind all before it: too many rows for one of BlockedPGLock each.
-    waiting = PGLock.objects.using(alias).filter(granted=False).exclude(activity_id=OwnPid())
-    found = [(row, sorted(set(row.blockers))) for row in waiting.annotate(blockers=Blockers("activity_id"))]
+    rows: Iterable[Any] = PGLock.objects.using(alias).raw(WAITS)
+    found = [(row, waiters.in_the_way(row.others)) for row in rows]
     pids = {pid for row, blockers in found for pid in (row.activity_id, *blockers)}
-    activities = PGActivity.objects.using(alias).in_bulk(pids)
+    activities = PGActivity.objects.using(alias).in_bulk(pids - {None})
     return [
-        Wait(row, row.activity_id, activities.get(row.activity_id), blocker or None, activities.get(blocker))
+        Wait(row, row.activity_id, activities.get(row.activity_id), blocker, activities.get(blocker))
         for row, blockers in found
         for blocker in blockers
     ]
 
 
-def _waits(alias: str, found: Iterable[Wait]) -> Waits:
+def _waits(alias: str, found: Sequence[Wait]) -> Waits:
+    if not found:
+        return Waits((), {}, {})
     sessions = Q(application_name__startswith=f"{labels.LOCK_SESSION}:")
     sessions |= Q(application_name__startswith=f"{labels.WORK_CONNECTION}:")
     names = PGActivity.objects.using(alias).filter(sessions).values_list("pk", "application_name")

@@ -20,6 +20,7 @@ from celery_pglock.pool import pool
 from celery_pglock.printed_texts import one_line
 from celery_pglock.querysets import IS_MARKER, OwnPid
 from celery_pglock.trees import PREPARED
+from celery_pglock.waiters import blocked
 
 AS_CRITICAL = "it is as critical"
 
@@ -116,6 +117,8 @@ def check_victims() -> None:
 def look(alias: str, min_wait: float) -> Situation:
     """Who has waited for that long, and who is in the way."""
     with looking(alias):
+        if not blocked(alias):
+            return Situation()
         critical = _markers(alias)
         pids = {pid for pid, _ in critical}
         rows = _waits(alias, pids, timedelta(seconds=min_wait)) if pids else []

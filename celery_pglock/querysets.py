@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 from django.db.models import BigIntegerField, Func, IntegerField, Model, Q, QuerySet, TextField, Value
 from django.db.models.functions import Cast
 
-from celery_pglock import backends, config, markers
+from celery_pglock import backends, config, markers, waiters
 from celery_pglock.backends import Stop, Victim
 from celery_pglock.errors import LockMisuse
 from celery_pglock.filters import filtered
 from celery_pglock.looks import looking
 from celery_pglock.tables import AnyModel, quoted, tables_of
+from celery_pglock.waiters import Pid
 
 # PostgreSQL's pids are int4.
 ENDLESS_PID = 2**31
@@ -134,6 +135,16 @@ class PGLockQuerySet(ViewQuerySet[M]):
 
 class BlockedPGLockQuerySet(PGLockQuerySet[M]):
     """Locks that are waited for, once for each backend that is in the way."""
+
+    def pids(self) -> dict[int, tuple[Pid, ...]]:
+        """Who is in the way of each backend that waits, but whoever asks: by pids, ``None`` if prepared.
+
+        Reads no locks, so that it costs the same however many there are. ``LockMisuse`` after a filter.
+        """
+        if self.query.where or self.query.is_sliced:
+            raise LockMisuse("pids() tells of all who wait: it cannot come after a filter.")
+        with looking(self.db):
+            return waiters.blocked(self.db)
 
     def cancel_blocking_activity(self) -> tuple[Stop, ...]:
         """Cancel the statements of those who are in the way; tells what became of each."""

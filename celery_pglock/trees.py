@@ -6,13 +6,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any
 
 from celery_pglock import labels, wordings
 from celery_pglock.printed_texts import in_json, one_line
-
-Pid: TypeAlias = int | None
-"""``None`` stands for all transactions that were prepared: they have no backend."""
+from celery_pglock.waiters import Pid
 
 PREPARED = "a transaction that was prepared (see pg_prepared_xacts)"
 INDENT = "    "

@@ -41,7 +41,8 @@ class Bystander(Rival):
             wait_until(lambda: self._is_waiting(cursor), sql)
 
     def _is_waiting(self, cursor: Any) -> bool:
-        cursor.execute("SELECT FROM pg_locks WHERE NOT granted AND pid = %s", [self.pid])
+        # For an instant it waits, and PostgreSQL has not written down since when.
+        cursor.execute("SELECT FROM pg_locks WHERE waitstart IS NOT NULL AND pid = %s", [self.pid])
         return bool(cursor.fetchall())
 
     def answers(self) -> str:

@@ -814,15 +814,18 @@ def test_what_cannot_be_is_an_error_of_one_line(arguments, message, transactiona
     assert message in error_of(*arguments)
 
 
+VIEWS = ("pgactivity", "pglock", "blockedpglock", "wait")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--blocking"], ["--tree"], ["--why", "x"]])
 def test_a_missing_migration_is_named(arguments, transactional_db):
     with connection.cursor() as cursor:
-        for view in ("pgactivity", "pglock", "blockedpglock"):
+        for view in VIEWS:
             cursor.execute(f"ALTER VIEW celery_pglock_{view} RENAME TO away_{view}")
         try:
             assert "run manage.py migrate celery_pglock --database=default" in error_of(*arguments)
         finally:
-            for view in ("pgactivity", "pglock", "blockedpglock"):
+            for view in VIEWS:
                 cursor.execute(f"ALTER VIEW away_{view} RENAME TO celery_pglock_{view}")
 
 

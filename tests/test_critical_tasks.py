@@ -99,7 +99,8 @@ def begun(key, times=1):
 
 
 def waiting(times=1):
-    wait_until(lambda: BlockedPGLock.objects.values("activity_id").distinct().count() >= times, "waiting")
+    waits = BlockedPGLock.objects.filter(wait_start__isnull=False).values("activity_id").distinct()
+    wait_until(lambda: waits.count() >= times, "waiting")
 
 
 def reached(result, state):
@@ -310,7 +311,7 @@ class TestWhoIsStopped:
         assert clear(min_wait=60)["critical"] == []
         assert clear(min_wait=timedelta(minutes=1))["stopped"] == []
         assert is_there(blocker) == [True]
-        assert len(clear(min_wait=0.01)["stopped"]) == 1
+        assert len(wait_until(lambda: clear(min_wait=0.01)["stopped"])) == 1
         assert is_there(blocker) == [False]
 
     def test_nobody_is_stopped_for_a_task_that_is_not_critical(self, somebody):
@@ -892,11 +893,11 @@ def test_an_option_that_a_bootstep_does_not_have_is_refused_with_a_guess():
 
 
 def test_a_bootstep_without_its_tables_names_the_command_and_has_no_traceback(rival):
-    rival.connection.execute("ALTER VIEW celery_pglock_pglock RENAME TO elsewhere")
+    rival.connection.execute("ALTER VIEW celery_pglock_wait RENAME TO elsewhere")
     try:
         with running_bootstep() as worker:
             wait_until(lambda: "run manage.py migrate celery_pglock" in worker.log)
             assert "Looking every 1 s after critical tasks on alias 'default'" in worker.log
             assert "Traceback" not in worker.log
     finally:
-        rival.connection.execute("ALTER VIEW elsewhere RENAME TO celery_pglock_pglock")
+        rival.connection.execute("ALTER VIEW elsewhere RENAME TO celery_pglock_wait")

@@ -162,6 +162,21 @@ def test_a_page_of_locks_with_their_backends_and_what_is_in_the_way(people, alia
 
 
 @either
+def test_who_is_blocked_by_whom_is_the_same_by_pids_by_waits_and_by_locks(people, alias):
+    pids = at_once(BlockedPGLock.objects.using(alias).pids)
+    in_the_way = {(pid, blocker) for pid, blockers in pids.items() for blocker in blockers}
+    waits = set(BlockedPGLock.objects.using(alias).values_list("activity_id", "blocking_activity_id"))
+    assert in_the_way == waits
+    columns = [one.attname for one in PGLock._meta.concrete_fields if one.name not in ("id", "wait_duration")]
+    locks = PGLock.objects.using(alias).filter(granted=False)
+    of_waits = BlockedPGLock.objects.using(alias).values_list(*columns).distinct()
+    assert set(of_waits) == set(locks.values_list(*columns))
+    assert {
+        pk.rpartition(":")[0] for pk in BlockedPGLock.objects.using(alias).values_list("pk", flat=True)
+    } == set(locks.values_list("pk", flat=True))
+
+
+@either
 def test_locks_are_read_again_by_their_ids(people, alias):
     locks = PGLock.objects.using(alias)
     ids = list(locks.filter(type="ADVISORY").order_by("pk").values_list("pk", flat=True)[:100])
