@@ -27,6 +27,9 @@ END_OF_TIME = 253402300800
 LOCK_SESSION = "pglock"
 WORK_CONNECTION = "celery"
 
+# What percent-encoding leaves as it is, as long as nothing is cut.
+SAFE = re.compile(rf"[A-Za-z0-9_.~-]{{0,{LONGEST_NAME}}}")
+
 COMMENT = re.compile(r"/\*pglock:1 ([^*]*)(\*/)?")
 
 
@@ -133,7 +136,8 @@ def _moment(text: str) -> float | None:
 
 def encoded(text: str) -> str:
     """A text as a label has it: percent-encoded, and cut at ``LONGEST_NAME`` bytes before."""
-    return _encoded(text[:LONGEST_NAME])
+    # Nearly every id of a task.
+    return text if SAFE.fullmatch(text) else _encoded(text[:LONGEST_NAME])
 
 
 @lru_cache(MOST_TEXTS)

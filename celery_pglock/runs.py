@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from celery.exceptions import Ignore, SoftTimeLimitExceeded, TaskPredicate
@@ -131,7 +132,7 @@ def run(
         # A task that calls itself: its own lock is held already.
         return body(*args, **kwargs)
     # With connections that Celery reuses, a name would outlive its task.
-    named = this.has_message and not task.app.conf.get("CELERY_DB_REUSE_MAX")
+    named = this.has_message and not _keeps_connections(task.app)
     with (
         work_connections.named_after(request.id) if named else nullcontext(),
         work_connections.marked(request.id, options.priority) if this.has_message else nullcontext(),
@@ -162,6 +163,12 @@ def run(
                     extra=_about_waiting(this, outcome),
                 )
                 time.sleep(next(pause))
+
+
+@lru_cache
+def _keeps_connections(app: Any) -> bool:
+    # Celery, too, asks once.
+    return bool(app.conf.get("CELERY_DB_REUSE_MAX"))
 
 
 def _without_the_body(this: Run, options: TaskOptions, why: TaskConflict | Outage | Stopped) -> Any:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from string import Formatter
 from typing import Any, Final
 
@@ -58,7 +58,15 @@ class TaskKey:
             raise LockMisuse(f"The lock_key of {self.task_name} gave no key at all; one is needed.")
         return identifiers
 
+    @cached_property
+    def _positional(self) -> tuple[str, ...]:
+        """The names of the parameters, where a tuple of arguments can only mean each of them in its turn."""
+        kinds = {parameter.kind for parameter in self.signature.parameters.values()}
+        return tuple(self.signature.parameters) if kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD} else ()
+
     def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        if not kwargs and len(args) == len(self._positional):
+            return dict(zip(self._positional, args, strict=True))
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)

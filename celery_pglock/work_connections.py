@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -146,9 +146,12 @@ def aliases() -> set[str]:
 
 def _buildable_connections() -> Iterator[Any]:
     for alias in connections:
-        # An alias whose driver is missing is none of this task's business.
-        with suppress(ImproperlyConfigured, ImportError):
-            yield connections[alias]
+        try:
+            connection = connections[alias]
+        except (ImproperlyConfigured, ImportError):
+            # An alias whose driver is missing is none of this task's business.
+            continue
+        yield connection
 
 
 def close_what_was_interrupted() -> None:
