@@ -27,7 +27,7 @@ from celery_pglock.pool import pool
 from celery_pglock.raw_connections import cancel, check_vendor, on_standby
 from celery_pglock.sessions import SILENT, Gain, LockSession
 from celery_pglock.statements import Statement
-from celery_pglock.voices import REFUSALS, TIMED_OUT, Refused
+from celery_pglock.voices import REFUSALS, TIMED_OUT, NoRoom, Refused
 
 logger = logging.getLogger(__name__)
 
@@ -278,6 +278,8 @@ class Claim:
                 hold.in_order = not (gain.handover and gain.handover.unclean_lease)
         except Refused as refused:
             return str(refused)
+        except NoRoom:
+            raise
         except BaseException:
             # What it may have taken in the last moment, no hold would give back.
             if hold.session is None:

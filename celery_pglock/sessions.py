@@ -21,7 +21,7 @@ from celery_pglock.labels import NOBODY, Holding, Owner
 from celery_pglock.lifelines import BEAT, Lifeline
 from celery_pglock.raw_connections import connect
 from celery_pglock.statements import Statement
-from celery_pglock.voices import Refused, Voice, application_name, no_table
+from celery_pglock.voices import NoRoom, Refused, Voice, application_name, no_table
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class LockSession:
     ) -> Gain | None:
         """Take all keys in this order or none; a key that is held already is only counted.
 
-        Raises ``Refused`` where PostgreSQL did.
+        Raises ``Refused`` where PostgreSQL did, and ``NoRoom``.
         """
         with self._line.speaking:
             if self._held:
@@ -197,7 +197,7 @@ class LockSession:
                         return None
                     found = self._note_tokens(without_token, row)
                 self._held.put_in(keys, shared=shared)
-            except Refused:
+            except (Refused, NoRoom):
                 self._give_back_gains(fresh, shared=shared, strict=strict)
                 raise
             except BaseException:
@@ -209,7 +209,7 @@ class LockSession:
     def take_slots(self, slots_by_key: Sequence[tuple[Key, ...]]) -> Gain | None:
         """Take one free slot of every key, or none; the gain's keys are the slots taken.
 
-        A key of which this session holds a slot already is only counted.
+        A key of which this session holds a slot already is only counted. Raises ``NoRoom``.
         """
         with self._line.speaking:
             self.check()
@@ -227,6 +227,9 @@ class LockSession:
                 gained = [slots[number] for slots, number in zip(fresh, numbers, strict=True)]
                 taken = tuple(mine or gained.pop(0) for mine in held)
                 self._held.put_in(taken, shared=False)
+            except NoRoom:
+                self._give_back_gains([slot for slots in fresh for slot in slots], shared=False, strict=True)
+                raise
             except BaseException:
                 self.abandon()
                 raise

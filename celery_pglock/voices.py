@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from django.db import DatabaseError
-from psycopg.errors import DeadlockDetected, InvalidParameterValue, LockNotAvailable, UndefinedTable
+from django.db import DatabaseError, OperationalError
+from psycopg.errors import (
+    DeadlockDetected,
+    InvalidParameterValue,
+    LockNotAvailable,
+    OutOfMemory,
+    UndefinedTable,
+)
 
 from celery_pglock import labels, markers
 from celery_pglock.config import current
@@ -41,6 +47,10 @@ LABEL_OF_NOBODY: Final = f"{labels.comment(NOBODY, (), show_names=False)} "
 
 class Refused(Exception):
     """PostgreSQL would not wait any longer; the message says why, and nothing was gained."""
+
+
+class NoRoom(OperationalError):
+    """The server's table of locks is full; the session, and what it held before, are as they were."""
 
 
 class Voice:
@@ -86,7 +96,7 @@ class Voice:
     ) -> Sequence[Any]:
         """The one row of a statement after which the session has these.
 
-        Raises ``Refused`` where PostgreSQL did.
+        Raises ``Refused`` where PostgreSQL did, and ``NoRoom``.
         """
         name = self._name_of_owner if holdings else NAME_OF_NOBODY
         is_new = name != self._name
@@ -101,6 +111,8 @@ class Voice:
         except DatabaseError as error:
             if reason := REFUSALS.get(type(error.__cause__)):
                 raise Refused(reason) from None
+            if isinstance(error.__cause__, OutOfMemory):
+                raise NoRoom(*error.args) from error.__cause__
             if isinstance(error.__cause__, InvalidParameterValue) and SOMEBODY_ELSE in str(error):
                 raise pooled(self._line.alias) from None
             if isinstance(error.__cause__, UndefinedTable):

@@ -97,6 +97,27 @@ def test_locks_that_are_held_already_are_given_back_where_there_is_no_room(cramm
     assert held(crammer, key("held").objid) == 0
 
 
+@pytest.mark.parametrize("options", [{"timeout": 0}, {"timeout": 1}, {"limit": 3}])
+@pytest.mark.parametrize("names", [["inner"], [f"inner {number}" for number in range(60)]], ids=len)
+def test_a_lock_inside_of_which_there_is_no_room_for_another_stays_held(crammer, names, options):
+    with advisory("outer", using="small"):
+        fill(crammer)
+        # So that some of many have room.
+        crammer.execute("SELECT pg_advisory_unlock(1, number) FROM generate_series(1, 3) AS number")
+        before = held(crammer)
+        if len(names) == 1:
+            fill(crammer)
+        with pytest.raises(OperationalError, match=FULL), advisory(*names, using="small", **options):
+            pytest.fail("the body ran")
+        assert held(crammer, key("outer").objid) == 1
+        assert len(names) == 1 or held(crammer) == before
+        empty(crammer)
+        with advisory(*names, using="small", **options) as acquired:
+            assert acquired
+            assert held(crammer) == 1 + len(names)
+    assert held(crammer) == 0
+
+
 def test_a_task_for_which_there_is_no_room_does_not_run(crammer):
     # The alias is there in these tests alone, and the tests' app binds the tasks of all.
     app = Celery("capacity", set_as_current=False)
