@@ -1,4 +1,4 @@
-"""How many connections locks open, as the server's own log has it."""
+"""How many connections locks open, and how many statements they send, as the server's own log has it."""
 
 import threading
 
@@ -15,11 +15,12 @@ pytestmark = pytest.mark.django_db(transaction=True)
 
 TIMES = 1000
 CONNECTED = "connection authorized"
+OF_LOCKS = "statement: /*pglock:1 "
 
 
 @pytest.fixture(scope="module")
 def cluster(django_db_setup):
-    with Cluster(log_connections="on") as cluster:
+    with Cluster(log_connections="on", log_statement="all") as cluster:
         here = {"HOST": "127.0.0.1", "PORT": str(cluster.port), "NAME": "postgres", "USER": "postgres"}
         connections.databases["counted"] = {**connections.databases["default"], **here}
         yield cluster
@@ -70,15 +71,19 @@ def test_there_are_as_many_connections_as_threads_that_hold_locks_at_once(opened
 
 
 @pytest.mark.parametrize(("kind", "children"), [("solo", 1), ("prefork", 2)])
-def test_a_thousand_tasks_open_one_connection_in_each_process(cluster, opened, kind, children):
+def test_a_thousand_tasks_open_one_connection_in_each_process_and_ask_twice_for_each_lock(
+    cluster, opened, kind, children
+):
     queue = f"counted-{kind}"
     variables = {"DATABASE_URL": cluster.url, "TEST_DATABASE_NAME": "postgres", "TASKS": "counted_tasks"}
     with running_worker(
         queue, "--prefetch-multiplier=100", pool=kind, concurrency=children, **variables
     ) as worker:
-        started = opened()
+        started, asked = opened(), cluster.log.count(OF_LOCKS)
         for number in range(TIMES):
             (nested_locks if number % 4 == 0 else one_lock).apply_async([number], queue=queue)
         wait_until(lambda: worker.log.count("succeeded in") >= TIMES, "all have run", 60)
         assert done.apply_async(queue=queue).get(timeout=20) is None
     assert opened() - started == children
+    # Each fourth task takes two more locks inside of its own.
+    assert cluster.log.count(OF_LOCKS) - asked == 2 * (TIMES + 2 * (TIMES // 4))

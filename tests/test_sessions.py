@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import pytest
 from django.db import OperationalError, ProgrammingError, connection, connections
 
-from celery_pglock import LockLost, LockMisuse, LockNotAcquired, Raise, advisory
+from celery_pglock import LockLost, LockMisuse, LockNotAcquired, Raise, advisory, labels
 from celery_pglock.keys import key
 from celery_pglock.labels import NOBODY, Owner
 from celery_pglock.lifelines import MOST_PREPARED
@@ -246,6 +246,8 @@ class TestRoundTrips:
     @pytest.mark.usefixtures("pooled")
     def test_a_name_that_looks_like_sql_stays_a_name(self, rival):
         owner = Owner("task", "'); SELECT pg_sleep(10) --\\", "worker")
+        with advisory("opens it for nobody"):
+            pass
         session = pool().lease("default", owner)
         session.take([key("k")], shared=False, timeout=0)
         assert rival.ask(LOCK_SESSIONS.replace("'pglock%%'", "'pglock:''); SELECT pg\\_sleep(10) --%%'")) == 1
@@ -257,8 +259,10 @@ class TestRoundTrips:
         session = pool().lease("default", NOBODY)
         for wait, trips in ((0, 1), (0.3, 2)):
             rival.take("k")
-            threading.Timer(wait, rival.give_back, ["k"]).start()
+            stepping_aside = threading.Timer(wait, rival.give_back, ["k"])
+            stepping_aside.start()
             assert round_trips(session._line.connection, advisory("k", timeout=5).acquire) == trips
+            stepping_aside.join()
             advisory("k", timeout=5).release()
 
     @pytest.mark.parametrize("timeout", [0, 5])
@@ -480,3 +484,28 @@ def test_labels_name_the_task_to_everybody_who_may_read_them(rival, pglock_setti
             )
             assert query.startswith("/*pglock:1 task= id= worker= key=1:")
             assert ("50%25%20%2A%2F%20off" in query) is shown
+
+
+def told(rival, session):
+    """What the session's label says that it holds, by name, with since when."""
+    found = labels.read(rival.ask("SELECT query FROM pg_stat_activity WHERE pid = %s", session.backend_pid))
+    return {holding.key.name: holding.since for holding in found.holdings}
+
+
+def test_a_label_names_a_key_as_long_as_it_is_held_in_either_mode(rival):
+    with advisory("outer"), advisory("k"):
+        session = pool().leased["default"]
+        with advisory("k", shared=True):
+            assert set(told(rival, session)) == {"outer", "k"}
+        assert set(told(rival, session)) == {"outer", "k"}
+
+
+def test_a_label_counts_from_the_beginning_when_a_key_is_taken_anew(rival):
+    with advisory("outer"):
+        session = pool().leased["default"]
+        for _ in range(2):
+            with advisory("k"):
+                # Nobody knows yet when the statement with the label will have it.
+                assert told(rival, session)["k"] is None
+                with advisory("inner"):
+                    assert told(rival, session)["k"] >= told(rival, session)["outer"]
