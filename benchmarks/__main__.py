@@ -18,7 +18,7 @@ MEASUREMENTS = ("locks", "tasks", "handover", "waiters", "looking", "lease", "co
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="under a minute; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="one or two minutes; nothing is written")
     parser.add_argument("--only", default="", help=f"some of {','.join(MEASUREMENTS)}; nothing is written")
     parser.add_argument("--postgresql", choices=["16", "18"], default="18")
     arguments = parser.parse_args()

@@ -28,6 +28,8 @@ def made(name: str) -> Celery:
     app.conf.broker_connection_retry_on_startup = True
     app.conf.task_ignore_result = bool(os.environ.get("IGNORE_RESULT"))
     app.conf.task_always_eager = bool(os.environ.get("EAGER"))
+    if "CELERY_DB_REUSE_MAX" in os.environ:
+        app.conf.CELERY_DB_REUSE_MAX = int(os.environ["CELERY_DB_REUSE_MAX"])
     if DONE in os.environ:
         # Whoever sends the tasks does not look at their results, and so has no connection for them.
         app.conf.result_backend = os.environ["REDIS_URL"]

@@ -12,7 +12,7 @@ import redis
 
 from benchmarks.tables import Scale
 
-PACKAGES = ("Django", "celery", "redis", "django-pglock", "celery-once", "celery-singleton")
+PACKAGES = ("Django", "celery", "redis", "hiredis", "django-pglock", "celery-once", "celery-singleton")
 
 
 def machine() -> dict[str, str]:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks import looking_settings
+from benchmarks import settings_with_app
 
 # Long enough for all to have been started, in seconds.
 START_SECONDS = 0.2
@@ -56,4 +56,4 @@ def quantile(sorted_figures: Sequence[float], part: float) -> float:
 
 def _set_up(url: str) -> None:
     os.environ["DATABASE_URL"] = url
-    looking_settings.set_up()
+    settings_with_app.set_up()

@@ -63,8 +63,9 @@ def _cells(table: Table) -> list[list[str]]:
 
 def _verdict(target: Target) -> list[str]:
     sign = "≥" if target.at_least else "≤"
-    bound = f"{sign} {target.bound:.3g}{target.unit}"
-    return [target.what, cell(target.measured) + target.unit, bound, "met" if target.is_met else "MISSED"]
+    bound = f"{sign} {target.bound:.3g} {target.unit}".rstrip()
+    measured = f"{cell(target.measured)} {target.unit}".rstrip()
+    return [target.what, measured, bound, "met" if target.is_met else "MISSED"]
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

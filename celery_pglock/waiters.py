@@ -12,9 +12,10 @@ from celery_pglock.looks import no_views
 Pid: TypeAlias = int | None
 """``None`` stands for all transactions that were prepared: they have no backend."""
 
-# pg_locks is not read: that stops all who take locks, for longer the more there are. Nobody idle waits; what
-# others do may be hidden from this role, so that they are asked about, too. The function rather than the view
-# over it, which takes longer to plan than to run. Missing views are told although none is read.
+# pg_locks is not read: that stops all who take locks, for longer the more there are. Whoever is idle waits
+# for none, but to have a statement described: PostgreSQL reports no state for that. What others do may be
+# hidden from this role, so that they are asked about, too. The function rather than the view over it, which
+# takes longer to plan than to run. Missing views are told although none is read.
 BLOCKED = """
 SELECT to_regclass('celery_pglock_wait') IS NULL, pid, others
 FROM (SELECT) AS always
@@ -22,7 +23,7 @@ LEFT JOIN (
     SELECT pid, array_remove(pg_blocking_pids(pid), pg_backend_pid()) AS others
     FROM pg_stat_get_activity(NULL)
     WHERE datid = (SELECT oid FROM pg_database WHERE datname = current_database())
-        AND coalesce(state, '') NOT LIKE 'idle%%'
+        AND (coalesce(state, '') NOT LIKE 'idle%%' OR wait_event_type = 'Lock')
     OFFSET 0
 ) AS active ON cardinality(others) > 0
 """

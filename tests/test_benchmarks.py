@@ -7,16 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from django.conf import settings
 from django.db import connection
 
-from benchmarks import lock_contenders
+import benchmarks
+from benchmarks import lock_contenders, report
+from benchmarks.__main__ import MEASUREMENTS
 from benchmarks.locks import CONTENDERS
 from benchmarks.proxy import distant
 from benchmarks.rounds import ContenderFailed, Quartiles, Rounds, interleaved
-from benchmarks.tables import Target
+from benchmarks.tables import Table, Target
 from tests.conftest import Rival
 
 ROUNDS = Rounds({"floor": [1.0, 2.0, 4.0], "plain": [3.0, 5.0, 9.0], "locked": [5.0, 11.0, 13.0]})
@@ -67,6 +70,21 @@ def test_a_target_may_be_a_least() -> None:
     assert Target("ratio", 1.1, 1.15).is_met
     assert not Target("ratio", 1.2, 1.15).is_met
     assert not Target("fairness", 0.9, 0.99, at_least=True).is_met
+
+
+def test_a_figure_and_its_unit_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    targets = [Target("one", 0.5, 1.0, "ms"), Target("other", 2.0, 1.0)]
+
+    report.show([Table(name="t", title="T", columns=("a",), rows=[("b",)], targets=targets)])
+
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["one", "0.5", "ms", "≤", "1", "ms", "met"] in printed
+    assert ["other", "2", "≤", "1", "MISSED"] in printed
+
+
+def test_the_readme_tells_of_every_part() -> None:
+    readme = (Path(benchmarks.__file__).parent / "README.md").read_text()
+    assert [name for name in MEASUREMENTS if f"| `{name}` |" not in readme] == []
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from django.db import connection, transaction
 from celery_pglock import LockMisuse, advisory
 from celery_pglock.keys import key
 from celery_pglock.looks import looking
-from celery_pglock.models import BlockedPGLock, PGActivity
+from celery_pglock.models import BlockedPGLock, PGActivity, PGLock
 from celery_pglock.waiters import BLOCKED
 from tests.bystanders import bystanders, waits
+from tests.conftest import wait_until
 from tests.models import Entry
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -75,6 +76,18 @@ def test_waits_for_every_kind_of_lock_are_told_by_pids(session):
     found = BlockedPGLock.objects.pids()
     assert set(found) == {for_row.pid, for_tuple.pid, for_table.pid}
     assert {(pid, blocker) for pid, blockers in found.items() for blocker in blockers} == waits()
+
+
+def test_whoever_waits_to_have_a_statement_described_waits_although_he_counts_as_idle(session):
+    table = Entry._meta.db_table
+    holder, waiter = session(), session()
+    waiter.connection.pgconn.prepare(b"described", f"SELECT * FROM {table}".encode())
+    holder.does("BEGIN", f"LOCK TABLE {table}")
+    waiter.connection.pgconn.send_describe_prepared(b"described")
+    wait_until(lambda: PGLock.objects.filter(activity_id=waiter.pid, wait_start__isnull=False), "it waits")
+    assert PGActivity.objects.get(id=waiter.pid).state == "IDLE"
+    assert waits() == {(waiter.pid, holder.pid)}
+    assert BlockedPGLock.objects.pids() == {waiter.pid: (holder.pid,)}
 
 
 def test_whoever_asks_is_not_told_as_a_blocker(session):

@@ -2,10 +2,10 @@ from typing import Any
 
 from django.db import migrations
 
-# Who waits is asked first, of those who do something: nobody idle waits for a lock, and what others do may be
-# hidden from this role. pg_locks is read once, and only if somebody waits, because that stops all who take
-# locks, for longer the more there are. What this transaction has seen of the backends before is forgotten, or
-# those who wait since then were missed.
+# Who waits is asked first, of those who do something. Whoever is idle waits for no lock, but to have a statement
+# described, and what others do may be hidden from this role. pg_locks is read once, and only if somebody waits,
+# because that stops all who take locks, for longer the more there are. What this transaction has seen of the
+# backends before is forgotten, or those who wait since then were missed.
 WAITS = r"""
 CREATE VIEW celery_pglock_wait AS
 WITH active AS MATERIALIZED (
@@ -15,7 +15,7 @@ WITH active AS MATERIALIZED (
     FROM pg_stat_activity
     WHERE (SELECT count(forgotten) FROM (SELECT pg_stat_clear_snapshot() AS forgotten OFFSET 0) AS f) > 0
         AND datname = current_database()
-        AND coalesce(state, '') NOT LIKE 'idle%'
+        AND (coalesce(state, '') NOT LIKE 'idle%' OR wait_event_type = 'Lock')
 ), blocked AS MATERIALIZED (
     SELECT pid, blockers, label,
         substring(label FROM ' task=([^ ]*) ') AS task_name,

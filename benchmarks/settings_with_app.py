@@ -1,4 +1,4 @@
-"""The Django settings of what looks at locks, which needs the app."""
+"""The Django settings of what is measured with our app installed."""
 
 from __future__ import annotations
 
