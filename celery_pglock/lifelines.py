@@ -123,11 +123,16 @@ class Lifeline:
 
         A prepared statement by the protocol would be shown without its label.
         """
-        if len(self._prepared) == MOST_PREPARED and sql not in self._prepared:
+        name = self._prepared.get(sql)
+        if name is None and len(self._prepared) == MOST_PREPARED:
             return self.ask(sql, parameters, label=label, wait=wait)
-        return self._answer(wait, lambda: self._execute(label, sql, parameters))
+        prepares = "" if name else sql
+        name = name or f"pglock_{len(self._prepared) + 1}"
+        return self._answer(wait, lambda: self._execute(label, name, prepares, parameters), name, prepares)
 
-    def _answer(self, wait: float | None, send: Callable[[], None]) -> list[tuple[Any, ...]]:
+    def _answer(
+        self, wait: float | None, send: Callable[[], None], name: str = "", prepares: str = ""
+    ) -> list[tuple[Any, ...]]:
         if self._beat_at is not None:
             self._await_beat()
         if self.loss:
@@ -137,7 +142,11 @@ class Lifeline:
         self._is_asking = True
         try:
             send()
-            *_, result = self.connection.wait(execute(self.connection.pgconn))
+            first, *others = self.connection.wait(execute(self.connection.pgconn))
+            result = others[-1] if others else first
+            # An error of what follows does not undo PREPARE, which may itself have met one.
+            if prepares and first.status == ExecStatus.COMMAND_OK:
+                self._prepared[prepares] = name
             if result.status != ExecStatus.TUPLES_OK:
                 raise error_from_result(result, encoding=self.connection.info.encoding)
             self._adapted.set_pgresult(result)
@@ -160,11 +169,8 @@ class Lifeline:
         values = adapted.dump_sequence(parameters, [PyFormat.TEXT] * len(parameters))
         self.connection.pgconn.send_query_params(sql.encode(), values, adapted.types)
 
-    def _execute(self, label: str, sql: str, parameters: Sequence[int | str]) -> None:
-        prepare, name = "", self._prepared.get(sql)
-        if name is None:
-            name = self._prepared[sql] = f"pglock_{len(self._prepared) + 1}"
-            prepare = f"PREPARE {name} AS {_numbered(sql)}; "
+    def _execute(self, label: str, name: str, prepares: str, parameters: Sequence[int | str]) -> None:
+        prepare = f"PREPARE {name} AS {_numbered(prepares)}; " if prepares else ""
         literals = ", ".join([self._literal(value) for value in parameters])
         self.connection.pgconn.send_query(f"{label}{prepare}EXECUTE {name}({literals})".encode())
 
@@ -173,10 +179,10 @@ class Lifeline:
             return Escaping(self.connection.pgconn).escape_literal(value.encode()).decode()
         return str(int(value))
 
-    def ask_if_silent(self) -> None:
+    def ask_if_silent(self, label: str) -> None:
         """Make the session heard after a statement that took long, which is counted from its beginning."""
         if self._silence >= BEAT * self.lease:
-            self.ask("SELECT 1", ())
+            self.ask("SELECT 1", (), label=label)
 
     def lose(self, reason: str) -> None:
         """Give the session up; the first reason stays."""

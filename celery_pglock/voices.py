@@ -129,6 +129,10 @@ class Voice:
         """The rows of a statement that changes nothing of what the session has, which is this."""
         return self._line.ask(sql, parameters, label=self._label(holdings))
 
+    def be_heard(self, holdings: Sequence[Holding]) -> None:
+        """Say something after a long wait, with the label of what the session has by now."""
+        self._line.ask_if_silent(self._label(holdings))
+
     def beat(self, holdings: Sequence[Holding]) -> str:
         """What it says to be heard at all."""
         return f"{self._label(holdings)}SELECT pg_backend_pid()"

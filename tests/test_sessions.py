@@ -19,6 +19,7 @@ from celery_pglock.labels import NOBODY, Owner
 from celery_pglock.lifelines import MOST_PREPARED
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.sessions import LockSession
+from celery_pglock.voices import Refused
 from celery_pglock.work_connections import roll_back_what_was_left
 from tests.conftest import ADVISORY_HERE, LOCK_SESSIONS, Rival, wait_until
 
@@ -260,6 +261,42 @@ class TestRoundTrips:
             threading.Timer(wait, rival.give_back, ["k"]).start()
             assert round_trips(session._line.connection, advisory("k", timeout=5).acquire) == trips
             advisory("k", timeout=5).release()
+
+    @pytest.mark.usefixtures("pooled")
+    def test_after_a_long_wait_a_session_still_says_who_holds_the_lock(self, rival, pglock_settings):
+        pglock_settings(LEASE=1)
+        rival.take("k")
+        threading.Timer(0.3, rival.give_back, ["k"]).start()
+        with advisory("k", timeout=5):
+            query = rival.ask(
+                "SELECT query FROM pg_stat_activity"
+                f" WHERE pid = (SELECT pid FROM pg_locks WHERE {ADVISORY_HERE})"
+            )
+            assert query.startswith("/*pglock:1 ")
+            assert query.endswith(":k*/ SELECT 1")
+
+    @pytest.mark.usefixtures("pooled")
+    def test_a_statement_that_could_not_be_prepared_is_prepared_the_next_time(self, rival):
+        session = pool().lease("default", NOBODY)
+        session._line.connection.execute("SET lock_timeout = 100")
+        with rival.connection.transaction():
+            rival.connection.execute("LOCK TABLE pg_proc IN ACCESS EXCLUSIVE MODE")
+            with pytest.raises(Refused):
+                session.take([key("k")], shared=False, timeout=0)
+        assert session.take([key("k")], shared=False, timeout=0)
+        assert rival.sees_held("k")
+        assert session.give_back([key("k")], shared=False)
+
+    @pytest.mark.usefixtures("pooled")
+    def test_a_statement_that_was_refused_stays_prepared(self, rival):
+        session = pool().lease("default", NOBODY)
+        rival.take("k")
+        for _ in range(2):
+            with pytest.raises(Refused):
+                session.take([key("k")], shared=False, timeout=0.05)
+        rival.give_back("k")
+        assert session.take([key("k")], shared=False, timeout=0.05)
+        assert session.give_back([key("k")], shared=False)
 
     @pytest.mark.parametrize("timeout", [0, 5])
     def test_a_transaction_level_lock_costs_one_statement_more_than_its_transaction(self, rival, timeout):
