@@ -27,8 +27,9 @@ GIVE_UP: Final = 0.6
 
 MOST_TEXTS = 128
 
-# What the server keeps for one session: some ten kilobytes each.
+# What the server keeps for one session: some forty bytes for each character of the text, plans and all.
 MOST_PREPARED: Final = 32
+LONGEST_PREPARED: Final = 8000
 
 
 @lru_cache(MOST_TEXTS)
@@ -124,7 +125,7 @@ class Lifeline:
         A prepared statement by the protocol would be shown without its label.
         """
         name = self._prepared.get(sql)
-        if name is None and len(self._prepared) == MOST_PREPARED:
+        if name is None and (len(self._prepared) == MOST_PREPARED or len(sql) > LONGEST_PREPARED):
             return self.ask(sql, parameters, label=label, wait=wait)
         prepares = "" if name else sql
         name = name or f"pglock_{len(self._prepared) + 1}"

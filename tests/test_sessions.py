@@ -245,6 +245,22 @@ class TestRoundTrips:
         assert raw.execute("SELECT count(*) FROM pg_prepared_statements").fetchone() == (MOST_PREPARED,)
 
     @pytest.mark.usefixtures("pooled")
+    @pytest.mark.parametrize(
+        "lock", [advisory(*map(str, range(256))), advisory("a", limit=1000)], ids=["keys", "slots"]
+    )
+    def test_the_server_keeps_no_statement_of_megabytes(self, rival, lock):
+        raw = pool().lease("default", NOBODY)._line.connection
+        for _ in range(7):
+            assert lock.acquire()
+            assert rival.sees_advisory_locks() == len(lock.keys)
+            lock.release()
+        (size,) = raw.execute(
+            "SELECT coalesce(sum(total_bytes), 0) FROM pg_backend_memory_contexts"
+            " WHERE name LIKE 'CachedPlan%'"
+        ).fetchone()
+        assert size < 500_000
+
+    @pytest.mark.usefixtures("pooled")
     def test_a_name_that_looks_like_sql_stays_a_name(self, rival):
         owner = Owner("task", "'); SELECT pg_sleep(10) --\\", "worker")
         session = pool().lease("default", owner)
