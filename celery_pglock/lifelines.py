@@ -27,6 +27,10 @@ GIVE_UP: Final = 0.6
 
 MOST_TEXTS = 128
 
+# Through a pooler that is not in session mode.
+WHO_ANSWERS: Final = "SELECT pg_backend_pid()"
+ANOTHER_BACKEND: Final = "another backend answered than the one that keeps it"
+
 # What the server keeps for one session: some forty bytes for each character of the text, plans and all.
 MOST_PREPARED: Final = 32
 LONGEST_PREPARED: Final = 8000
@@ -183,7 +187,9 @@ class Lifeline:
     def ask_if_silent(self, label: str) -> None:
         """Make the session heard after a statement that took long, which is counted from its beginning."""
         if self._silence >= BEAT * self.lease:
-            self.ask("SELECT 1", (), label=label)
+            ((backend_pid,),) = self.ask(WHO_ANSWERS, (), label=label)
+            if backend_pid != self.backend_pid:
+                self.lose(ANOTHER_BACKEND)
 
     def lose(self, reason: str) -> None:
         """Give the session up; the first reason stays."""
@@ -275,7 +281,7 @@ class Lifeline:
             if result.status != ExecStatus.TUPLES_OK:
                 self.lose(result.error_message.decode(errors="replace").strip())
             elif result.get_value(0, 0) != str(self.backend_pid).encode():
-                self.lose("another backend answered than the one that keeps it")
+                self.lose(ANOTHER_BACKEND)
 
     def _has_ended(self) -> bool:
         with self._closing:

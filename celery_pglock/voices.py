@@ -19,7 +19,7 @@ from celery_pglock.config import current
 from celery_pglock.errors import LockMisuse
 from celery_pglock.keys import Key
 from celery_pglock.labels import NOBODY, Holding, Owner
-from celery_pglock.lifelines import Lifeline
+from celery_pglock.lifelines import WHO_ANSWERS, Lifeline
 from celery_pglock.raw_connections import MARK, pooled
 from celery_pglock.statements import Statement
 
@@ -135,7 +135,7 @@ class Voice:
 
     def beat(self, holdings: Sequence[Holding]) -> str:
         """What it says to be heard at all."""
-        return f"{self._label(holdings)}SELECT pg_backend_pid()"
+        return f"{self._label(holdings)}{WHO_ANSWERS}"
 
     def _label(self, holdings: Sequence[Holding]) -> str:
         if not holdings:

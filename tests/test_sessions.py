@@ -289,7 +289,21 @@ class TestRoundTrips:
                 f" WHERE pid = (SELECT pid FROM pg_locks WHERE {ADVISORY_HERE})"
             )
             assert query.startswith("/*pglock:1 ")
-            assert query.endswith(":k*/ SELECT 1")
+            assert query.endswith(":k*/ SELECT pg_backend_pid()")
+
+    @pytest.mark.usefixtures("pooled")
+    def test_a_lock_is_not_believed_if_after_a_long_wait_another_backend_answers(
+        self, rival, pglock_settings
+    ):
+        pglock_settings(LEASE=1)
+        session = pool().lease("default", NOBODY)
+        session._line.backend_pid += 1
+        rival.take("k")
+        threading.Timer(0.3, rival.give_back, ["k"]).start()
+        with pytest.raises(OperationalError, match="may be lost already"):
+            session.take([key("k")], shared=False, timeout=5)
+        assert session.is_closed
+        wait_until(lambda: not rival.sees_advisory_locks())
 
     @pytest.mark.usefixtures("pooled")
     def test_a_statement_that_could_not_be_prepared_is_prepared_the_next_time(self, rival):
