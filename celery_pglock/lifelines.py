@@ -27,8 +27,13 @@ GIVE_UP: Final = 0.6
 
 MOST_TEXTS = 128
 
-# What the server keeps for one session: some ten kilobytes each.
+# Through a pooler that is not in session mode.
+WHO_ANSWERS: Final = "SELECT pg_backend_pid()"
+ANOTHER_BACKEND: Final = "another backend answered than the one that keeps it"
+
+# What the server keeps for one session: some forty bytes for each character of the text, plans and all.
 MOST_PREPARED: Final = 32
+LONGEST_PREPARED: Final = 8000
 
 
 @lru_cache(MOST_TEXTS)
@@ -123,11 +128,16 @@ class Lifeline:
 
         A prepared statement by the protocol would be shown without its label.
         """
-        if len(self._prepared) == MOST_PREPARED and sql not in self._prepared:
+        name = self._prepared.get(sql)
+        if name is None and (len(self._prepared) == MOST_PREPARED or len(sql) > LONGEST_PREPARED):
             return self.ask(sql, parameters, label=label, wait=wait)
-        return self._answer(wait, lambda: self._execute(label, sql, parameters))
+        prepares = "" if name else sql
+        name = name or f"pglock_{len(self._prepared) + 1}"
+        return self._answer(wait, lambda: self._execute(label, name, prepares, parameters), name, prepares)
 
-    def _answer(self, wait: float | None, send: Callable[[], None]) -> list[tuple[Any, ...]]:
+    def _answer(
+        self, wait: float | None, send: Callable[[], None], name: str = "", prepares: str = ""
+    ) -> list[tuple[Any, ...]]:
         if self._beat_at is not None:
             self._await_beat()
         if self.loss:
@@ -137,7 +147,11 @@ class Lifeline:
         self._is_asking = True
         try:
             send()
-            *_, result = self.connection.wait(execute(self.connection.pgconn))
+            first, *others = self.connection.wait(execute(self.connection.pgconn))
+            result = others[-1] if others else first
+            # An error of what follows does not undo PREPARE, which may itself have met one.
+            if prepares and first.status == ExecStatus.COMMAND_OK:
+                self._prepared[prepares] = name
             if result.status != ExecStatus.TUPLES_OK:
                 raise error_from_result(result, encoding=self.connection.info.encoding)
             self._adapted.set_pgresult(result)
@@ -160,11 +174,8 @@ class Lifeline:
         values = adapted.dump_sequence(parameters, [PyFormat.TEXT] * len(parameters))
         self.connection.pgconn.send_query_params(sql.encode(), values, adapted.types)
 
-    def _execute(self, label: str, sql: str, parameters: Sequence[int | str]) -> None:
-        prepare, name = "", self._prepared.get(sql)
-        if name is None:
-            name = self._prepared[sql] = f"pglock_{len(self._prepared) + 1}"
-            prepare = f"PREPARE {name} AS {_numbered(sql)}; "
+    def _execute(self, label: str, name: str, prepares: str, parameters: Sequence[int | str]) -> None:
+        prepare = f"PREPARE {name} AS {_numbered(prepares)}; " if prepares else ""
         literals = ", ".join([self._literal(value) for value in parameters])
         self.connection.pgconn.send_query(f"{label}{prepare}EXECUTE {name}({literals})".encode())
 
@@ -173,10 +184,12 @@ class Lifeline:
             return Escaping(self.connection.pgconn).escape_literal(value.encode()).decode()
         return str(int(value))
 
-    def ask_if_silent(self) -> None:
+    def ask_if_silent(self, label: str) -> None:
         """Make the session heard after a statement that took long, which is counted from its beginning."""
         if self._silence >= BEAT * self.lease:
-            self.ask("SELECT 1", ())
+            ((backend_pid,),) = self.ask(WHO_ANSWERS, (), label=label)
+            if backend_pid != self.backend_pid:
+                self.lose(ANOTHER_BACKEND)
 
     def lose(self, reason: str) -> None:
         """Give the session up; the first reason stays."""
@@ -268,7 +281,7 @@ class Lifeline:
             if result.status != ExecStatus.TUPLES_OK:
                 self.lose(result.error_message.decode(errors="replace").strip())
             elif result.get_value(0, 0) != str(self.backend_pid).encode():
-                self.lose("another backend answered than the one that keeps it")
+                self.lose(ANOTHER_BACKEND)
 
     def _has_ended(self) -> bool:
         with self._closing:

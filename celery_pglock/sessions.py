@@ -349,10 +349,11 @@ class LockSession:
         if without_token:
             statement = fences.take(statement, without_token, self._voice.owner.task_id, self.lease)
             wait = None if wait is None else wait + fences.row_timeout(self.lease)
-        row = self._voice.answer(statement, self._held.holdings(fresh), wait=wait)
+        holdings = self._held.holdings(fresh)
+        row = self._voice.answer(statement, holdings, wait=wait)
         if not row[-1]:
             return None
-        self._line.ask_if_silent()
+        self._voice.be_heard(holdings)
         if not self._line.is_believed:
             raise OperationalError("The server's answer came so late that the lock may be lost already.")
         return row

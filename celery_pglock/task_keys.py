@@ -65,7 +65,7 @@ class TaskKey:
         return tuple(self.signature.parameters) if kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD} else ()
 
     def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        if not kwargs and len(args) == len(self._positional):
+        if args and not kwargs and len(args) == len(self._positional):
             return dict(zip(self._positional, args, strict=True))
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()

@@ -19,7 +19,7 @@ from celery_pglock.config import current
 from celery_pglock.errors import LockMisuse
 from celery_pglock.keys import Key
 from celery_pglock.labels import NOBODY, Holding, Owner
-from celery_pglock.lifelines import Lifeline
+from celery_pglock.lifelines import WHO_ANSWERS, Lifeline
 from celery_pglock.raw_connections import MARK, pooled
 from celery_pglock.statements import Statement
 
@@ -129,9 +129,13 @@ class Voice:
         """The rows of a statement that changes nothing of what the session has, which is this."""
         return self._line.ask(sql, parameters, label=self._label(holdings))
 
+    def be_heard(self, holdings: Sequence[Holding]) -> None:
+        """Say something after a long wait, with the label of what the session has by now."""
+        self._line.ask_if_silent(self._label(holdings))
+
     def beat(self, holdings: Sequence[Holding]) -> str:
         """What it says to be heard at all."""
-        return f"{self._label(holdings)}SELECT pg_backend_pid()"
+        return f"{self._label(holdings)}{WHO_ANSWERS}"
 
     def _label(self, holdings: Sequence[Holding]) -> str:
         if not holdings:

@@ -19,6 +19,7 @@ from celery_pglock.labels import NOBODY, Owner
 from celery_pglock.lifelines import MOST_PREPARED
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.sessions import LockSession
+from celery_pglock.voices import Refused
 from celery_pglock.work_connections import roll_back_what_was_left
 from tests.conftest import ADVISORY_HERE, LOCK_SESSIONS, Rival, wait_until
 
@@ -244,6 +245,22 @@ class TestRoundTrips:
         assert raw.execute("SELECT count(*) FROM pg_prepared_statements").fetchone() == (MOST_PREPARED,)
 
     @pytest.mark.usefixtures("pooled")
+    @pytest.mark.parametrize(
+        "lock", [advisory(*map(str, range(256))), advisory("a", limit=1000)], ids=["keys", "slots"]
+    )
+    def test_the_server_keeps_no_statement_of_megabytes(self, rival, lock):
+        raw = pool().lease("default", NOBODY)._line.connection
+        for _ in range(7):
+            assert lock.acquire()
+            assert rival.sees_advisory_locks() == len(lock.keys)
+            lock.release()
+        (size,) = raw.execute(
+            "SELECT coalesce(sum(total_bytes), 0) FROM pg_backend_memory_contexts"
+            " WHERE name LIKE 'CachedPlan%'"
+        ).fetchone()
+        assert size < 500_000
+
+    @pytest.mark.usefixtures("pooled")
     def test_a_name_that_looks_like_sql_stays_a_name(self, rival):
         owner = Owner("task", "'); SELECT pg_sleep(10) --\\", "worker")
         with advisory("opens it for nobody"):
@@ -264,6 +281,56 @@ class TestRoundTrips:
             assert round_trips(session._line.connection, advisory("k", timeout=5).acquire) == trips
             stepping_aside.join()
             advisory("k", timeout=5).release()
+
+    @pytest.mark.usefixtures("pooled")
+    def test_after_a_long_wait_a_session_still_says_who_holds_the_lock(self, rival, pglock_settings):
+        pglock_settings(LEASE=1)
+        rival.take("k")
+        threading.Timer(0.3, rival.give_back, ["k"]).start()
+        with advisory("k", timeout=5):
+            query = rival.ask(
+                "SELECT query FROM pg_stat_activity"
+                f" WHERE pid = (SELECT pid FROM pg_locks WHERE {ADVISORY_HERE})"
+            )
+            assert query.startswith("/*pglock:1 ")
+            assert query.endswith(":k*/ SELECT pg_backend_pid()")
+
+    @pytest.mark.usefixtures("pooled")
+    def test_a_lock_is_not_believed_if_after_a_long_wait_another_backend_answers(
+        self, rival, pglock_settings
+    ):
+        pglock_settings(LEASE=1)
+        session = pool().lease("default", NOBODY)
+        session._line.backend_pid += 1
+        rival.take("k")
+        threading.Timer(0.3, rival.give_back, ["k"]).start()
+        with pytest.raises(OperationalError, match="may be lost already"):
+            session.take([key("k")], shared=False, timeout=5)
+        assert session.is_closed
+        wait_until(lambda: not rival.sees_advisory_locks())
+
+    @pytest.mark.usefixtures("pooled")
+    def test_a_statement_that_could_not_be_prepared_is_prepared_the_next_time(self, rival):
+        session = pool().lease("default", NOBODY)
+        session._line.connection.execute("SET lock_timeout = 100")
+        with rival.connection.transaction():
+            rival.connection.execute("LOCK TABLE pg_proc IN ACCESS EXCLUSIVE MODE")
+            with pytest.raises(Refused):
+                session.take([key("k")], shared=False, timeout=0)
+        assert session.take([key("k")], shared=False, timeout=0)
+        assert rival.sees_held("k")
+        assert session.give_back([key("k")], shared=False)
+
+    @pytest.mark.usefixtures("pooled")
+    def test_a_statement_that_was_refused_stays_prepared(self, rival):
+        session = pool().lease("default", NOBODY)
+        rival.take("k")
+        for _ in range(2):
+            with pytest.raises(Refused):
+                session.take([key("k")], shared=False, timeout=0.05)
+        rival.give_back("k")
+        assert session.take([key("k")], shared=False, timeout=0.05)
+        assert session.give_back([key("k")], shared=False)
 
     @pytest.mark.parametrize("timeout", [0, 5])
     def test_a_transaction_level_lock_costs_one_statement_more_than_its_transaction(self, rival, timeout):

@@ -166,6 +166,30 @@ class TestKeys:
         with pytest.raises(LockMisuse, match="'tenant', and it is missing"):
             f.lock_for()
 
+    def test_defaults_are_part_of_the_key_where_a_call_gives_nothing(self, app):
+        def by_keyword(*, a=1):
+            pass
+
+        def by_position(a=1, /):
+            pass
+
+        def with_others(a=1, *others):
+            pass
+
+        for function in (by_keyword, by_position):
+            task = app.task(base=AdvisoryTask, lock_by=ALL_ARGUMENTS, name=function.__name__)(function)
+            assert names(task) == {f"{function.__name__}(a=1)"}
+        task = app.task(base=AdvisoryTask, lock_by=ALL_ARGUMENTS, name="f")(with_others)
+        assert names(task) == {"f(a=1, others=[])"}
+
+    def test_a_keyword_that_a_call_must_give_is_missed(self, app):
+        @app.task(base=AdvisoryTask, lock_by=ALL_ARGUMENTS)
+        def f(*, a):
+            pass
+
+        with pytest.raises(TypeError):
+            f.lock_for()
+
     def test_wrong_arguments_are_the_calls_own_error(self, app):
         @app.task(base=AdvisoryTask, lock_key="{a}")
         def f(a):

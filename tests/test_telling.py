@@ -13,7 +13,7 @@ from celery.events.state import TASK_EVENT_TO_STATE, State
 from celery.exceptions import SoftTimeLimitExceeded
 from django.conf import settings
 
-from celery_pglock import LockNotAcquired, events
+from celery_pglock import LockNotAcquired, events, signals
 from celery_pglock.tasks import prioritize_critical_tasks
 from tests.celery_app import app
 from tests.conftest import ADVISORY_HERE, running_worker, wait_until
@@ -317,10 +317,14 @@ class TestEvents:
 
     def test_an_eager_task_sends_none(self, rival):
         app.conf.worker_send_task_events = True
+        events.follow_child(app)
         try:
             assert skips.apply(["k"]).get() == "done"
         finally:
             app.conf.worker_send_task_events = False
+            for kind in ("acquired", "conflict", "skipped", "released", "lost"):
+                signal = getattr(signals, f"lock_{kind}")
+                assert signal.disconnect(dispatch_uid=f"celery_pglock.events_{kind}")
         assert app not in events._outboxes
 
     def test_the_setting_turns_them_on_and_a_child_that_ends_sends_its_last(self, rival):
