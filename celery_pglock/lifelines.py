@@ -6,42 +6,25 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from typing import Any, Final
 
 import psycopg
 from django.db import OperationalError, connections
-from psycopg.adapt import PyFormat, Transformer
-from psycopg.errors import error_from_result
-from psycopg.generators import execute
-from psycopg.pq import Escaping, ExecStatus, TransactionStatus
+from psycopg.pq import ExecStatus, TransactionStatus
 
 from celery_pglock import polls
 from celery_pglock.clocks import now
 from celery_pglock.raw_connections import cancel, shut_down
+from celery_pglock.wires import Wire
 
 # Fractions of the lease: how often a holder makes itself heard, and after which silence it gives up. The
 # server ends the session after a whole one, which it counts from later than the holder does.
 BEAT: Final = 1 / 6
 GIVE_UP: Final = 0.6
 
-MOST_TEXTS = 128
-
 # Through a pooler that is not in session mode.
 WHO_ANSWERS: Final = "SELECT pg_backend_pid()"
 ANOTHER_BACKEND: Final = "another backend answered than the one that keeps it"
-
-# What the server keeps for one session: some forty bytes for each character of the text, plans and all.
-MOST_PREPARED: Final = 32
-LONGEST_PREPARED: Final = 8000
-
-
-@lru_cache(MOST_TEXTS)
-def _numbered(sql: str) -> str:
-    """The text with libpq's placeholders."""
-    first, *others = sql.split("%s")
-    numbered = [f"${number}{text}" for number, text in enumerate(others, 1)]
-    return "".join([first, *numbered]).replace("%%", "%")
 
 
 class Lifeline:
@@ -67,8 +50,7 @@ class Lifeline:
         self.speaking = threading.RLock()
         # A descriptor of our own, because libpq closes its own as it likes, and its number goes to others.
         self.socket = os.dup(connection.fileno())
-        self._adapted = Transformer(connection)
-        self._prepared: dict[str, str] = {}
+        self._wire = Wire(connection)
         self._closing = threading.Lock()
         self._gives_up_after = GIVE_UP * lease
         self._arrivals = polls.Watch(self.socket, polls.READABLE)
@@ -119,24 +101,16 @@ class Lifeline:
         ``label`` stands before it. Raises Django's errors. If the server does not answer in time the watcher
         shuts the line down, which is an OperationalError here.
         """
-        return self._answer(wait, lambda: self._submit(label + _numbered(sql), parameters))
+        return self._bounded(wait, self._wire.ask, sql, parameters, label)
 
     def ask_again(
         self, sql: str, parameters: Sequence[int | str], *, label: str, wait: float | None
     ) -> list[tuple[Any, ...]]:
-        """As ``ask()`` for a statement with parameters that is asked often: the server plans it once.
+        """As ``ask()`` for a statement with parameters that is asked often: the server plans it once."""
+        return self._bounded(wait, self._wire.ask_again, sql, parameters, label)
 
-        A prepared statement by the protocol would be shown without its label.
-        """
-        name = self._prepared.get(sql)
-        if name is None and (len(self._prepared) == MOST_PREPARED or len(sql) > LONGEST_PREPARED):
-            return self.ask(sql, parameters, label=label, wait=wait)
-        prepares = "" if name else sql
-        name = name or f"pglock_{len(self._prepared) + 1}"
-        return self._answer(wait, lambda: self._execute(label, name, prepares, parameters), name, prepares)
-
-    def _answer(
-        self, wait: float | None, send: Callable[[], None], name: str = "", prepares: str = ""
+    def _bounded(
+        self, wait: float | None, ask: Callable[..., list[tuple[Any, ...]]], *question: Any
     ) -> list[tuple[Any, ...]]:
         if self._beat_at is not None:
             self._await_beat()
@@ -146,16 +120,7 @@ class Lifeline:
         self._answer_by = None if wait is None else sent + wait + self._gives_up_after
         self._is_asking = True
         try:
-            send()
-            first, *others = self.connection.wait(execute(self.connection.pgconn))
-            result = others[-1] if others else first
-            # An error of what follows does not undo PREPARE, which may itself have met one.
-            if prepares and first.status == ExecStatus.COMMAND_OK:
-                self._prepared[prepares] = name
-            if result.status != ExecStatus.TUPLES_OK:
-                raise error_from_result(result, encoding=self.connection.info.encoding)
-            self._adapted.set_pgresult(result)
-            rows = self._adapted.load_rows(0, result.ntuples, tuple)
+            rows = ask(*question)
         except psycopg.Error as error:
             # A refusal is an answer, too.
             if error.sqlstate and not self.is_closed:
@@ -168,21 +133,6 @@ class Lifeline:
             self._answer_by = None
         self._heard_at = sent
         return rows
-
-    def _submit(self, sql: str, parameters: Sequence[object]) -> None:
-        adapted = self._adapted
-        values = adapted.dump_sequence(parameters, [PyFormat.TEXT] * len(parameters))
-        self.connection.pgconn.send_query_params(sql.encode(), values, adapted.types)
-
-    def _execute(self, label: str, name: str, prepares: str, parameters: Sequence[int | str]) -> None:
-        prepare = f"PREPARE {name} AS {_numbered(prepares)}; " if prepares else ""
-        literals = ", ".join([self._literal(value) for value in parameters])
-        self.connection.pgconn.send_query(f"{label}{prepare}EXECUTE {name}({literals})".encode())
-
-    def _literal(self, value: int | str) -> str:
-        if isinstance(value, str):
-            return Escaping(self.connection.pgconn).escape_literal(value.encode()).decode()
-        return str(int(value))
 
     def ask_if_silent(self, label: str) -> None:
         """Make the session heard after a statement that took long, which is counted from its beginning."""

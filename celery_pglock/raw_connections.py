@@ -14,7 +14,6 @@ from uuid import uuid4
 
 import psycopg
 from django.db import OperationalError, connections
-from django.utils.connection import ConnectionDoesNotExist
 from psycopg.pq import TransactionStatus
 
 from celery_pglock import undisturbed
@@ -54,11 +53,9 @@ class OnStandby(OperationalError):
 
 def check_vendor(alias: str) -> None:
     """Refuse an alias that is not PostgreSQL, or not there at all: it has no such locks."""
-    try:
-        vendor = connections[alias].vendor
-    except ConnectionDoesNotExist:
+    if alias not in connections.settings:
         check_alias(alias, "using=")
-        raise
+    vendor = connections[alias].vendor
     if vendor != "postgresql":
         raise LockMisuse(
             f"The database alias {alias!r} is not PostgreSQL but {vendor}: point lock_using, using= or "

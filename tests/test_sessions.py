@@ -16,10 +16,10 @@ from django.db import OperationalError, ProgrammingError, connection, connection
 from celery_pglock import LockLost, LockMisuse, LockNotAcquired, Raise, advisory, labels
 from celery_pglock.keys import key
 from celery_pglock.labels import NOBODY, Owner
-from celery_pglock.lifelines import MOST_PREPARED
 from celery_pglock.pool import close_leftovers, pool
 from celery_pglock.sessions import LockSession
 from celery_pglock.voices import Refused
+from celery_pglock.wires import MOST_PREPARED
 from celery_pglock.work_connections import roll_back_what_was_left
 from tests.conftest import ADVISORY_HERE, LOCK_SESSIONS, Rival, wait_until
 
