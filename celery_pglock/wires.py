@@ -44,18 +44,18 @@ class Wire:
         """As ``ask()`` for a statement with parameters that is asked often: the server plans it once."""
         name = self._prepared.get(sql)
         if name is not None:
-            results = self._execute(f"{label}EXECUTE {name}", parameters)
+            results = self._exchange(f"{label}EXECUTE {name}", parameters)
         elif len(self._prepared) == MOST_PREPARED or len(sql) > LONGEST_PREPARED:
             return self.ask(sql, parameters, label)
         else:
             name = f"pglock_{len(self._prepared) + 1}"
-            results = self._execute(f"{label}PREPARE {name} AS {_numbered(sql)}; EXECUTE {name}", parameters)
+            results = self._exchange(f"{label}PREPARE {name} AS {_numbered(sql)}; EXECUTE {name}", parameters)
             # An error of what follows does not undo PREPARE, which may itself have met one.
             if results[0].status == ExecStatus.COMMAND_OK:
                 self._prepared[sql] = name
         return self._rows(results[-1])
 
-    def _execute(self, beginning: str, parameters: Sequence[int | str]) -> list[PGresult]:
+    def _exchange(self, beginning: str, parameters: Sequence[int | str]) -> list[PGresult]:
         literals = ", ".join([self._literal(value) for value in parameters])
         self._connection.pgconn.send_query(f"{beginning}({literals})".encode())
         return self._results()
