@@ -81,6 +81,11 @@ class Lifeline:
         return not (self.loss or self.connection.closed or now() - self._heard_at >= self._gives_up_after)
 
     @property
+    def is_silent(self) -> bool:
+        """Whether it is time to be heard; the silence is counted from the beginning of the last statement."""
+        return self._silence >= BEAT * self.lease
+
+    @property
     def is_idle(self) -> bool:
         return self.connection.pgconn.transaction_status == TransactionStatus.IDLE
 
@@ -134,12 +139,11 @@ class Lifeline:
         self._heard_at = sent
         return rows
 
-    def ask_if_silent(self, label: str) -> None:
-        """Make the session heard after a statement that took long, which is counted from its beginning."""
-        if self._silence >= BEAT * self.lease:
-            ((backend_pid,),) = self.ask(WHO_ANSWERS, (), label=label)
-            if backend_pid != self.backend_pid:
-                self.lose(ANOTHER_BACKEND)
+    def ask_who_answers(self, label: str) -> None:
+        """Make the session heard, or give it up."""
+        ((backend_pid,),) = self.ask(WHO_ANSWERS, (), label=label)
+        if backend_pid != self.backend_pid:
+            self.lose(ANOTHER_BACKEND)
 
     def lose(self, reason: str) -> None:
         """Give the session up; the first reason stays."""
@@ -199,7 +203,7 @@ class Lifeline:
     def _beat(self, beat: Callable[[], str] | None) -> None:
         if self._beat_at is not None:
             self._hear()
-        elif beat is not None and self._silence >= BEAT * self.lease and self.is_idle:
+        elif beat is not None and self.is_silent and self.is_idle:
             sent = now()
             self.connection.pgconn.send_query(beat().encode())
             self.connection.pgconn.flush()

@@ -353,7 +353,8 @@ class LockSession:
         row = self._voice.answer(statement, holdings, wait=wait)
         if not row[-1]:
             return None
-        self._voice.be_heard(holdings)
+        if self._line.is_silent:
+            self._voice.be_heard(holdings)
         if not self._line.is_believed:
             raise OperationalError("The server's answer came so late that the lock may be lost already.")
         return row

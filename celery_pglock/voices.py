@@ -130,8 +130,8 @@ class Voice:
         return self._line.ask(sql, parameters, label=self._label(holdings))
 
     def be_heard(self, holdings: Sequence[Holding]) -> None:
-        """Say something after a long wait, with the label of what the session has by now."""
-        self._line.ask_if_silent(self._label(holdings))
+        """Say something, with the label of what the session has by now."""
+        self._line.ask_who_answers(self._label(holdings))
 
     def beat(self, holdings: Sequence[Holding]) -> str:
         """What it says to be heard at all."""
