@@ -87,14 +87,24 @@ def comment(owner: Owner, holdings: Iterable[Holding], *, show_names: bool) -> s
     Percent-encoding leaves nothing in it that could end the comment or start a statement. It stands
     before the statement, because ``pg_stat_activity`` cuts a query's end.
     """
+    return comment_after(beginning(owner), holdings, show_names=show_names)
+
+
+def beginning(owner: Owner) -> str:
+    """With what each label of this owner begins."""
+    task, task_id, worker = encoded(owner.task_name), encoded(owner.task_id), encoded(owner.worker)
+    return f"/*pglock:1 task={task} id={task_id} worker={worker}"
+
+
+def comment_after(beginning: str, holdings: Iterable[Holding], *, show_names: bool) -> str:
+    """The label that begins so."""
     keys = ""
     for holding in holdings:
         key = holding.key
         name = encoded(key.name) if show_names else ""
         since = "" if holding.since is None else f"{holding.since:.3f}"
         keys += f" key={key.objsubid}:{key.classid}:{key.objid}:{since}:{name}"
-    task, task_id, worker = encoded(owner.task_name), encoded(owner.task_id), encoded(owner.worker)
-    return f"/*pglock:1 task={task} id={task_id} worker={worker}{keys}*/"
+    return f"{beginning}{keys}*/"
 
 
 def read(query: str) -> Label | None:

@@ -43,7 +43,8 @@ class Watch:
         self._poll.register(socket, events)
 
     def has_happened(self) -> bool:
-        return any(event & self._events for _, event in self._poll.poll(0))
+        happened = self._poll.poll(0)
+        return bool(happened) and bool(happened[0][1] & self._events)
 
 
 def _poll(events_by_socket: Mapping[int, int], seconds: float) -> bool:

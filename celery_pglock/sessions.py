@@ -283,7 +283,7 @@ class LockSession:
         """Use it after it was laid by; False if the server has ended it meanwhile."""
         with self._line.speaking:
             self._line.read_what_came_unasked()
-            if not self.is_believed:
+            if not self._line.is_believed:
                 self._line.close()
                 return False
             self._voice.works_for(owner)

@@ -63,15 +63,18 @@ class Voice:
         self._line = line
         self._mark = mark
         self._marker: Key | None = None
-        self.owner = owner
-        self._name_of_owner = application_name(owner)
+        self._begin_to_work_for(owner)
         # What the server calls the session by now, as it was told when it was opened.
         self._name = self._name_of_owner
 
     def works_for(self, owner: Owner) -> None:
         if owner is not self.owner:
-            self.owner = owner
-            self._name_of_owner = application_name(owner)
+            self._begin_to_work_for(owner)
+
+    def _begin_to_work_for(self, owner: Owner) -> None:
+        self.owner = owner
+        self._name_of_owner = application_name(owner)
+        self._beginning = labels.beginning(owner)
 
     def guarded(self, statement: Statement) -> Statement:
         """The statement, made to fail before it does anything on a session that is not ours."""
@@ -140,7 +143,8 @@ class Voice:
     def _label(self, holdings: Sequence[Holding]) -> str:
         if not holdings:
             return LABEL_OF_NOBODY
-        return f"{labels.comment(self.owner, holdings, show_names=current().SHOW_NAMES)} "
+        show_names = current().SHOW_NAMES
+        return f"{labels.comment_after(self._beginning, holdings, show_names=show_names)} "
 
 
 def no_table(alias: str) -> LockMisuse:
