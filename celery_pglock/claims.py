@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from asyncio import _get_running_loop
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -161,6 +162,11 @@ class Refusal:
     waited: float
 
 
+@async_unsafe("A lock is held by a thread, which coroutines share: take it inside of sync_to_async().")
+def _refuse_in_coroutines() -> None:
+    """Raises Django's ``SynchronousOnlyOperation``, unless that is turned off."""
+
+
 Attempt: TypeAlias = Callable[[Hold, Owner, MaybeSeconds], str | None]
 
 
@@ -202,7 +208,6 @@ class Claim:
             raise
         return refusal or hold
 
-    @async_unsafe("A lock is held by a thread, which coroutines share: take it inside of sync_to_async().")
     def fill(
         self, hold: Hold, owner: Owner, timeout: MaybeSeconds, *, open_transaction: bool = True
     ) -> Refusal | None:
@@ -210,6 +215,8 @@ class Claim:
 
         Where nothing was taken the hold is empty again, and its transaction rolled back.
         """
+        if _get_running_loop() is not None:
+            _refuse_in_coroutines()
         started = time.monotonic()
         if self.xact:
             if current().ENABLED:

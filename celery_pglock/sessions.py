@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 # How long a session that holds nothing is kept, in seconds; at most half of its lease.
 IDLE_SECONDS = 10.0
 
+# Seconds after which a session that was laid by may have been ended by the server.
+MOMENT = 0.001
+
 # As many as a label of usual names has room for.
 MOST_SLOTS_NAMED = 8
 
@@ -282,7 +285,9 @@ class LockSession:
     def take_up(self, owner: Owner) -> bool:
         """Use it after it was laid by; False if the server has ended it meanwhile."""
         with self._line.speaking:
-            self._line.read_what_came_unasked()
+            # What came in the last moment the next statement meets, and nothing is lost by that.
+            if self._idle_since is None or clocks.now() - self._idle_since >= MOMENT:
+                self._line.read_what_came_unasked()
             if not self._line.is_believed:
                 self._line.close()
                 return False
