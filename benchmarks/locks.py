@@ -59,7 +59,7 @@ def measure(scale: Scale) -> list[Table]:
             title="A free lock, taken and given back",
             columns=("what", "µs", "floors", "spread", "hands"),
             rows=[_row(found, name) for name in CONTENDERS],
-            note=f"{NOTE} {cores.NOTE}" if is_apart else NOTE,
+            note=f"{NOTE}\n{cores.NOTE}" if is_apart else NOTE,
             targets=_targets(found),
             chart=Bars(["floors"]),
         )

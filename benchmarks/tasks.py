@@ -135,7 +135,7 @@ def _eager(scale: Scale) -> Table:
         title="Tasks run eagerly",
         columns=("what", "µs", "added", "spread"),
         rows=rows,
-        note=f"{EAGER_NOTE} {cores.NOTE}" if is_apart else EAGER_NOTE,
+        note=f"{EAGER_NOTE}\n{cores.NOTE}" if is_apart else EAGER_NOTE,
         targets=[Target("added by AdvisoryTask, in floors", added, 2.5)],
         chart=Bars(["added"]),
     )
