@@ -42,19 +42,20 @@ def connect() -> None:
 
 
 def _refuse_what_cannot_work(sender: Any = None, **_: Any) -> None:
-    # SystemExit, because Celery only logs any other exception of a receiver.
-    try:
-        config.current()
-        for alias, strict in session_level_aliases(sender.app).items():
-            _check(alias, strict=strict)
-    except LockMisuse as misuse:
-        raise SystemExit(str(misuse)) from None
+    # SystemExit, because Celery only logs any other exception of a receiver. First this, because among
+    # eventlet's greenlets no session can be opened to check the rest.
     implementation = getattr(sender, "pool_cls", "")
     if "eventlet" in (getattr(implementation, "__module__", "") or str(implementation)):
         raise SystemExit(
             "celery_pglock does not work with the eventlet pool: waiting for PostgreSQL would block every "
             "other task. Use --pool=gevent, prefork, threads or solo."
         )
+    try:
+        config.current()
+        for alias, strict in session_level_aliases(sender.app).items():
+            _check(alias, strict=strict)
+    except LockMisuse as misuse:
+        raise SystemExit(str(misuse)) from None
 
 
 def _answer_inspections(**_: Any) -> None:
