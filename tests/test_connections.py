@@ -11,7 +11,7 @@ from tests.conftest import running_worker, wait_until
 from tests.counted_tasks import done, nested_locks, one_lock
 from tests.servers import Cluster
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.long]
 
 TIMES = 1000
 CONNECTED = "connection authorized"

@@ -8,7 +8,7 @@ import pytest
 from celery_pglock import AdvisoryTask, advisory
 from tests.celery_app import app
 
-pytestmark = pytest.mark.usefixtures("pooled")
+pytestmark = [pytest.mark.usefixtures("pooled"), pytest.mark.long]
 
 KEYS = 2000
 TIMES = 8000
