@@ -30,7 +30,7 @@ from tests.celery_app import app as tests_app
 from tests.conftest import PATIENCE, running_worker, wait_until
 from tests.models import Entry, most_at_once
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.long]
 
 ROOT = Path(__file__).parent.parent
 

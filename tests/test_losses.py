@@ -32,6 +32,9 @@ SESSION_OF = "SELECT pid FROM pg_stat_activity WHERE application_name = %s"
 SLEEPING = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%%' AND state = 'active'"
 
 
+pytestmark = pytest.mark.long
+
+
 def begun(key, times=1):
     wait_until(lambda: Entry.objects.filter(key=key, what="begins").count() >= times, f"{key} begins")
 

@@ -18,6 +18,7 @@ THREADS = 8
 SKIPPED = "skipped"
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.django_db(transaction=True, databases=["default", "locks"]),
     pytest.mark.timeout(60 + ENTRIES // 200),
 ]

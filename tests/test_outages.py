@@ -25,6 +25,9 @@ from tests.servers import Cluster
 TASKS = [skips_in_outages, raises_in_outages, in_transaction_in_outages, strict_in_outages]
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def cluster(django_db_setup, django_db_blocker):
     with Cluster() as cluster, django_db_blocker.unblock():

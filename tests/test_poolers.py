@@ -24,7 +24,7 @@ from tests.servers import Cluster, PgBouncer, pgbouncer_program
 from tests.worker_tasks import skips
 
 # Sessions are kept as outside of tests: one that was closed would say nothing of what is given back.
-pytestmark = pytest.mark.usefixtures("pooled")
+pytestmark = [pytest.mark.usefixtures("pooled"), pytest.mark.long]
 
 WAYS_OUT = [
     "connects to the server directly",

@@ -39,6 +39,7 @@ from tests.models import Entry
 PROGRAMS = int(os.environ.get("PROGRAMS", "250"))
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.django_db(transaction=True, databases=["default", "locks"]),
     pytest.mark.timeout(120 + PROGRAMS // 2),
 ]

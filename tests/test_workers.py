@@ -45,7 +45,7 @@ def count(key, what="begins"):
     return Entry.objects.filter(key=key, what=what).count()
 
 
-pytestmark = pytest.mark.usefixtures("worker")
+pytestmark = [pytest.mark.usefixtures("worker"), pytest.mark.long]
 
 
 class TestNeverTwoHolders:
