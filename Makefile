@@ -8,7 +8,7 @@
 # make soak      kills, stops and cuts off workers and servers for MINUTES, and checks what came of it; MODE is
 #                strict, default or naive, and the same SEED brings the same faults
 # make bench     measures what locks cost beside what others cost, and writes docs/explanation/benchmarks.md, in
-#                minutes; QUICK=1 takes one or two of them and writes nothing, ONLY=locks,tasks chooses parts
+#                minutes; QUICK=1 takes less than one and writes nothing, ONLY=locks,tasks chooses parts
 #
 # DATABASE_URL and CELERY_BROKER_URL name servers to use instead of embedded ones.
 
