@@ -31,15 +31,14 @@ REFUSALS: Final[dict[type[Any], str]] = {
     DeadlockDetected: "PostgreSQL chose it as the victim of a deadlock",
 }
 
-# An error on purpose, as no timeout can be set to this. PostgreSQL evaluates columns in their order.
-SOMEBODY_ELSE = "the session of somebody else"
 NAME = "set_config('application_name', %s, false)"
 
+# An error on purpose, as no timeout can be set to this. PostgreSQL evaluates columns in their order.
+SOMEBODY_ELSE = "the session of somebody else"
 UNLESS_MARKED = (
     f"CASE WHEN current_setting('{MARK}', true) IS DISTINCT FROM %s"
     f" THEN set_config('lock_timeout', '{SOMEBODY_ELSE}', true) END"
 )
-
 
 NAME_OF_NOBODY: Final = labels.application_name(labels.LOCK_SESSION, "")
 LABEL_OF_NOBODY: Final = f"{labels.comment(NOBODY, (), show_names=False)} "
