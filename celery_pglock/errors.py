@@ -33,8 +33,8 @@ class LockError(Exception):
 class LockNotAcquired(LockError, OperationalError):
     """The lock is held by somebody else, and waiting for it ended or was not asked for.
 
-    ``lock`` is the lock's name, ``reason`` what PostgreSQL answered, ``waited`` the seconds spent,
-    ``holders`` one line for each holder that could still be seen.
+    ``lock`` is the lock's name, ``reason`` what PostgreSQL answered, ``waited`` the seconds spent
+    (0 where waiting was not asked for), ``holders`` one line for each holder that could still be seen.
     """
 
     def __init__(
