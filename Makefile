@@ -10,6 +10,9 @@
 # make bench     measures what locks cost beside what others cost, and writes docs/explanation/benchmarks.md, in
 #                minutes; QUICK=1 takes less than one and writes nothing, ONLY=locks,tasks chooses parts
 #
+# make docs      builds the documents in build/docs; whatever does not lead anywhere is an error
+# make pictures  takes anew the pictures that the documents show, by the tests that look at the same pages
+#
 # DATABASE_URL and CELERY_BROKER_URL name servers to use instead of embedded ones.
 
 PYTHON ?= python3
@@ -34,7 +37,7 @@ VENV_OF_BENCHMARKS := .venv-benchmarks
 BIN = $(VENV)/bin
 WITH_SERVERS = $(BIN)/python -m example_project.servers --postgresql $(PG) --
 
-.PHONY: example test cluster soak bench check lint clean
+.PHONY: example test cluster soak bench docs pictures check lint clean
 .DEFAULT_GOAL := example
 
 %/bin/python:
@@ -90,6 +93,13 @@ bench: VENV := $(VENV_OF_BENCHMARKS)
 bench: $(VENV_OF_BENCHMARKS)/.benchmarks
 	@$(BIN)/python -m benchmarks --postgresql $(PG) $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet -b html docs build/docs
+
+pictures: $(VENV)/.dev
+	SCREENSHOTS=build/pictures $(WITH_SERVERS) $(BIN)/python -m pytest tests/test_admin_in_chromium.py -k can_be_read
+	cp $(foreach page,locks waits reports terminate tree,build/pictures/$(page)-light.png build/pictures/$(page)-dark.png) docs/pictures/
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -97,7 +107,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-check: lint test
+check: lint docs test
 
 clean:
 	rm -rf $(VENV) $(VENV_OF_CLUSTER) $(VENV_OF_BENCHMARKS) build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
