@@ -12,6 +12,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from http.cookiejar import CookieJar
 from pathlib import Path
 
@@ -24,6 +25,7 @@ STEP = re.compile(
 )
 # What does not come back to its prompt has a terminal of its own.
 SERVES = re.compile(r" (worker|runserver) ")
+SERVES_NOW = re.compile(r" ready\.|Quit the server")
 # A worker asks for a second Ctrl-C, a site ends by the first.
 ASKS_OR_ENDS = re.compile(r"Ctrl\+C again|Quit the server")
 # What is another on every machine and at every time; of ids and numbers it must be the same one again.
@@ -49,6 +51,31 @@ PATTERNS = {
 CUT = "…"
 
 
+OF_THE_TESTS = (
+    "BROKER_OF_",
+    "CELERY_",
+    "COV",
+    "DATABASE_",
+    "DJANGO_",
+    "PYTEST_",
+    "PYTHON",
+    "TEST_",
+    "WITHOUT_",
+)
+
+
+def environment_of_a_new_shell() -> dict[str, str]:
+    """Nothing of the tests' own that Python, Django or Celery would heed; ``python3`` is theirs."""
+    # The time zone is Django's, from the tests' settings.
+    own = {name for name in os.environ if name.startswith(OF_THE_TESTS)} | {"TZ"}
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    return {
+        **environment,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONUNBUFFERED": "yes",
+    }
+
+
 class Terminal:
     """A shell; what it and its commands print is in a file."""
 
@@ -69,6 +96,9 @@ class Terminal:
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
 
+    def shows(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        return pattern.search(self.log)
+
     def type(self, line: str) -> None:
         assert self.shell.stdin is not None
         self.shell.stdin.write(f"{line}\n".encode())
@@ -84,11 +114,11 @@ class Terminal:
     def press_ctrl_c(self) -> None:
         os.killpg(self.shell.pid, signal.SIGINT)
 
-    def leave(self) -> None:
+    def leave(self, seconds: float = PATIENCE) -> None:
         """Wait until what runs there has ended by itself."""
         assert self.shell.stdin is not None
         self.shell.stdin.close()
-        self.shell.wait(PATIENCE)
+        self.shell.wait(seconds)
 
     def close(self) -> None:
         with suppress(ProcessLookupError):
@@ -100,8 +130,8 @@ class Terminal:
 class Reader:
     """Follows a page from its top to its end; ``close()`` ends what still runs.
 
-    ``psql`` runs a statement as PostgreSQL's superuser. ``known`` has, for a number or an id in the page, the one
-    that is this reader's.
+    ``psql`` runs a statement as PostgreSQL's superuser. ``known`` has, for a number or an id in the page, the
+    one that is this reader's.
     """
 
     def __init__(
@@ -110,19 +140,10 @@ class Reader:
         self.folder = folder
         self.psql = psql
         self.known = dict(known)
-        # As in a new shell: nothing of the tests' own environment that Python, Django or Celery would heed.
-        self.environment = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("CELERY_", "COV", "DATABASE_", "DJANGO_", "PYTEST_", "PYTHON", "TEST_"))
-            # Set by Django, from the tests' settings.
-            and name != "TZ"
-        }
-        self.environment |= {"PYTHONUNBUFFERED": "yes", **variables}
-        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment = {**environment_of_a_new_shell(), **variables}
         self.terminals: list[Terminal] = []
         self.site = ""
-        self.first = self._terminal()
+        self.first = self.another_terminal()
 
     def close(self) -> None:
         for terminal in self.terminals:
@@ -137,7 +158,7 @@ class Reader:
             else:
                 self._stop_the_others()
 
-    def _terminal(self) -> Terminal:
+    def another_terminal(self) -> Terminal:
         log = self.folder.with_name(f"terminal-{len(self.terminals)}.log")
         terminal = Terminal(self.folder, log, self.environment)
         self.terminals.append(terminal)
@@ -156,12 +177,12 @@ class Reader:
             file.write(f"\n{self._as_known(block)}")
 
     def _do_console(self, block: str) -> None:
-        commands = [part.partition("\n")[::2] for part in f"\n{block}".split("\n$ ")[1:]]
+        commands = commands_of(block)
         if SERVES.search(commands[-1][0]):
-            terminal = self._terminal()
+            terminal = self.another_terminal()
             for command, _ in commands:
                 terminal.type(self._as_known(command))
-            wait_until(lambda: re.search(r" ready\.|Quit the server", terminal.log), terminal.log_file)
+            wait_until(partial(terminal.shows, SERVES_NOW), commands[-1][0])
             return
         for number, (command, shown) in enumerate(commands):
             printed, code = self.first.run(self._as_known(command), seconds=60)
@@ -235,9 +256,15 @@ class Reader:
     def _stop_the_others(self) -> None:
         for terminal in self.terminals[1:]:
             terminal.press_ctrl_c()
-            wait_until(lambda: ASKS_OR_ENDS.search(terminal.log), "Ctrl-C was understood")
+            wait_until(partial(terminal.shows, ASKS_OR_ENDS), "Ctrl-C was understood")
             terminal.press_ctrl_c()
             terminal.leave()
+
+
+def commands_of(block: str) -> list[tuple[str, str]]:
+    """The commands of a console, each with what is shown below it."""
+    parts = [part.partition("\n") for part in f"\n{block}".split("\n$ ")[1:]]
+    return [(command, shown) for command, _, shown in parts]
 
 
 def _words(line: str) -> str:
