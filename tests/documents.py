@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import current_app
+from celery.bin.base import CLIContext
 from celery.bin.celery import celery as celery_command
 from django.core.management import execute_from_command_line
 from django.test.utils import override_settings
@@ -25,6 +26,7 @@ from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
 import celery_pglock.tasks  # noqa: F401 - beat's entries name its tasks
 from celery_pglock import config
+from tests.celery_app import app as celery_app
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -176,6 +178,7 @@ def _celery(example: Example, command: list[str], shown: str) -> str:
             rest = [*context._protected_args, *context.args]
             name, found, options = celery_command.resolve_command(context, rest)
             assert found is not None
+            context.obj = CLIContext(app=celery_app, no_color=True, workdir=None)
             found.make_context(name, list(options), parent=context).close()
     return ""
 

@@ -1,6 +1,7 @@
 """The documents: what they show runs as it stands."""
 
 import os
+import socket
 import sys
 from types import ModuleType
 
@@ -11,12 +12,20 @@ from celery import Celery
 
 import celery_pglock
 from tests import documents
+from tests.celery_app import app
 from tests.conftest import running_worker
 from tests.documents import PAGES, ROOT
 
 CODE = {"python", "pycon", "console", "sql", "json", "text"}
 # Of Sphinx: it refuses what they name and is not there.
 DIRECTIVES = {"{eval-rst}", "{include}", "{literalinclude}", "{toctree}"}
+
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        return there.getsockname()[1]
+
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
@@ -54,6 +63,27 @@ def names(request, rival, monkeypatch):
     module = {"__name__": "proj.tasks", "__package__": "proj"}
     yield {**module, **public, "app": app, "rival": rival, "request": request, "pretend": pretend}
     app.close()
+
+
+@pytest.fixture(scope="module")
+def _shop(django_db_setup, django_db_blocker, tmp_path_factory):
+    variables = {
+        "TASKS": "documented_tasks",
+        "AS_DOCUMENTED": "yes",
+        "PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics")),
+        "METRICS_PORT": str(free_port()),
+    }
+    with django_db_blocker.unblock():
+        app.control.purge()
+        with running_worker("celery", "-E", "-n", "celery@web1", concurrency=4, **variables) as worker:
+            worker.metrics = f"http://127.0.0.1:{variables['METRICS_PORT']}/metrics"
+            yield worker
+
+
+@pytest.fixture
+def shop(_shop, transactional_db):
+    """The worker of the shop; it logs and counts as documents show."""
+    return _shop
 
 
 @by_page
