@@ -3,7 +3,7 @@
 import os
 import time
 
-from celery_pglock import AdvisoryTask, Retry, Skip
+from celery_pglock import AdvisoryTask, Retry, Skip, install
 from celery_pglock.conflicts import PREEMPTED
 from tests.celery_app import app
 from tests.documents import python_block
@@ -58,6 +58,13 @@ def import_books(self, year):
         time.sleep(60)
     return "imported"
 
+
+@app.task(name="reports.tasks.render")
+def render_report(customer_id):
+    wait_for_the_row(f"customer {customer_id}")
+
+
+install(app, {"reports.*": {"lock_by": ("customer_id",), "lock_side_effect": Skip()}})
 
 # The critical task is the one that is shown.
 CRITICAL = {"__name__": "shop.tasks", "app": app}

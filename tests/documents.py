@@ -90,10 +90,13 @@ def table(page: str, column: str) -> dict[str, list[str]]:
     return rows
 
 
-def say_the_same(shown: str, real: str) -> bool:
-    """Whether it is the same but for what is another each time; ``…`` is what was left out of a line."""
-    pattern, end, known = "", 0, {}
+def say_the_same(shown: str, real: str, known: dict[str, str]) -> bool:
+    """Whether it is the same but for what is another each time; ``…`` is what was left out of a line.
+
+    ``known`` has the real one for each id and process that was shown before, and learns those that are new.
+    """
     shown = shown.strip()
+    pattern, end, learned = "", 0, {}
     for found in VARYING.finditer(shown):
         kind, text = str(found.lastgroup), found[0]
         pattern += re.escape(shown[end : found.start()])
@@ -101,25 +104,34 @@ def say_the_same(shown: str, real: str) -> bool:
         if kind == "space":
             pattern += r"\s*\n\s*" if "\n" in text else r"[ \t]+"
         elif text in known:
-            pattern += f"(?P={known[text]})"
+            pattern += re.escape(known[text])
+        elif text in learned:
+            pattern += f"(?P={learned[text]})"
         elif kind in ALWAYS_THE_SAME:
-            known[text] = f"known_{len(known)}"
-            pattern += f"(?P<{known[text]}>{PATTERNS[kind]})"
+            learned[text] = f"learned_{len(learned)}"
+            pattern += f"(?P<{learned[text]}>{PATTERNS[kind]})"
         else:
             pattern += f"(?:{PATTERNS[kind]})"
-    return bool(re.fullmatch(pattern + re.escape(shown[end:]), real.strip()))
+    same = re.fullmatch(pattern + re.escape(shown[end:]), real.strip())
+    if same:
+        known |= {text: same[group] for text, group in learned.items()}
+    return bool(same)
 
 
 class _Forgiving(doctest.OutputChecker):
     def check_output(self, want: str, got: str, optionflags: int) -> bool:
-        return say_the_same(want, got) or super().check_output(want, got, optionflags)
+        return say_the_same(want, got, {}) or super().check_output(want, got, optionflags)
 
 
 def follow(page: Path, names: dict[str, Any]) -> None:
-    """Do what the page says, from its top to its end; what is printed is kept in ``printed``."""
+    """Do what the page says, from its top to its end.
+
+    Hidden blocks find in ``printed`` what was printed last, and in ``known`` the real ones of the ids and the
+    processes that were shown.
+    """
     document = DOCUMENTS.parse(page)
     namespace = document.namespace
-    namespace.update(names, printed="")
+    namespace.update(names, printed="", known={})
     for example in document.examples():
         with contextlib.redirect_stdout(io.StringIO()) as out:
             example.evaluate()
@@ -130,6 +142,8 @@ def follow(page: Path, names: dict[str, Any]) -> None:
 
 def _run_console(example: Example) -> None:
     for command, shown in _commands(example.parsed):
+        known = example.namespace["known"]
+        command = VARYING.sub(lambda found, known=known: known.get(found[0], found[0]), command)
         program, *arguments = shlex.split(command, comments=True)
         while re.match(r"\w+=", program):
             example.namespace["request"].getfixturevalue("monkeypatch").setenv(*program.split("=", 1))
@@ -138,7 +152,7 @@ def _run_console(example: Example) -> None:
             program, *arguments = arguments
         run = CONSOLE.get(program, _a_file_of_the_page)
         real = run(example, [program, *arguments], shown)
-        assert not shown or say_the_same(shown, real), f"{command}\nis shown with\n{shown}\nbut says\n{real}"
+        assert not shown or say_the_same(shown, real, known), f"{command}\nis shown with\n{shown}\nbut says\n{real}"
 
 
 def _commands(text: str) -> Iterator[tuple[str, str]]:
@@ -220,17 +234,18 @@ def _run_sql(example: Example) -> None:
 
 def _compare_text(example: Example) -> None:
     """With what was printed since the last such block, mostly by a hidden one."""
-    printed, example.namespace["printed"] = example.namespace["printed"], ""
-    assert say_the_same(example.parsed, printed), f"shown is\n{example.parsed}\nbut printed was\n{printed}"
+    _compare(example, str.strip)
 
 
 def _compare_json(example: Example) -> None:
+    _compare(example, lambda text: json.dumps(json.loads(text), indent=1, sort_keys=True, ensure_ascii=False))
+
+
+def _compare(example: Example, read: Callable[[str], str]) -> None:
     printed, example.namespace["printed"] = example.namespace["printed"], ""
-    shown, real = (
-        json.dumps(json.loads(text), indent=1, sort_keys=True, ensure_ascii=False)
-        for text in (example.parsed, printed)
-    )
-    assert say_the_same(shown, real), f"shown is\n{shown}\nbut printed was\n{real}"
+    assert printed, f"{example.path}:{example.line}: nothing was printed"
+    shown, real = read(example.parsed), read(printed)
+    assert say_the_same(shown, real, example.namespace["known"]), f"shown is\n{shown}\nbut printed was\n{real}"
 
 
 def _excerpts(document: Document) -> Iterator[Region]:

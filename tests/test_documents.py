@@ -9,6 +9,8 @@ import celery
 import celery._state
 import pytest
 from celery import Celery
+from django.conf import settings
+from django.test.utils import override_settings
 
 import celery_pglock
 from tests import documents
@@ -50,6 +52,7 @@ def names(request, rival, monkeypatch):
     """What a reader has before he begins: an app, all public names, and somebody else on the database."""
     # A shared task of one page is none of the next.
     monkeypatch.setattr("celery._state._on_app_finalizers", set(celery._state._on_app_finalizers))
+    current = celery.current_app._get_current_object()
     app = Celery("proj", set_as_current=False)
     app.config_from_object("django.conf:settings", namespace="CELERY")
 
@@ -61,8 +64,11 @@ def names(request, rival, monkeypatch):
 
     public = {name: getattr(celery_pglock, name) for name in celery_pglock.__all__}
     module = {"__name__": "proj.tasks", "__package__": "proj"}
-    yield {**module, **public, "app": app, "rival": rival, "request": request, "pretend": pretend}
+    # A test without a transaction around it has only the apps whose tables are emptied after it.
+    with override_settings(INSTALLED_APPS=settings.INSTALLED_APPS):
+        yield {**module, **public, "app": app, "rival": rival, "request": request, "pretend": pretend}
     app.close()
+    current.set_current()
 
 
 @pytest.fixture(scope="module")
