@@ -11,3 +11,8 @@ def python_block(document: str, first_line: str) -> str:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     (block,) = [block for block in blocks if block.startswith(first_line)]
     return block
+
+
+def sql_blocks(document: str) -> list[str]:
+    """All blocks of SQL in the document."""
+    return re.findall(r"```sql\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
