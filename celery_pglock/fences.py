@@ -22,7 +22,14 @@ LONGEST_TASK_ID = 200
 ROW_TIMEOUT: Final = 0.2
 LONGEST_ROW_TIMEOUT: Final = 1.0
 
-HAS_TABLE = f"SELECT to_regclass('{TABLE}') IS NOT NULL"
+RIGHTS = f"SELECT, INSERT, UPDATE ON {TABLE}, USAGE ON SEQUENCE {SEQUENCE}"
+
+# NULL where there is no table.
+MAY_KEEP_TOKENS = f"""
+SELECT has_table_privilege(keys, 'SELECT') AND has_table_privilege(keys, 'INSERT')
+   AND has_table_privilege(keys, 'UPDATE') AND has_sequence_privilege(tokens, 'USAGE')
+FROM (SELECT to_regclass('{TABLE}')::oid AS keys, to_regclass('{SEQUENCE}')::oid AS tokens) AS found
+"""
 
 # Evaluated step by step, each from the one before: the locks, the token, the rows.
 TAKE = f"""

@@ -6,7 +6,7 @@ import logging
 from typing import Any, ClassVar
 
 from django.db import ProgrammingError, connections, models, router, transaction
-from psycopg.errors import UndefinedTable
+from psycopg.errors import InsufficientPrivilege, UndefinedTable
 
 from celery_pglock import audits, fences
 from celery_pglock.durations import milliseconds
@@ -318,6 +318,10 @@ def _count(model: type[HourlyCount], key: str, task_name: str) -> None:
     try:
         model.objects.db_manager(alias).count_one(key, task_name)
     except ProgrammingError as error:
-        if not isinstance(error.__cause__, UndefinedTable):
+        if isinstance(error.__cause__, UndefinedTable):
+            cure = f"run manage.py migrate celery_pglock --database={alias}"
+        elif isinstance(error.__cause__, InsufficientPrivilege):
+            cure = f"the role of alias {alias!r} needs SELECT, INSERT and UPDATE on {model._meta.db_table}"
+        else:
             raise
-        logger.warning("Nothing is counted: run manage.py migrate celery_pglock --database=%s", alias)
+        logger.warning("Nothing is counted: %s", cure)

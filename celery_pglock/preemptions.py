@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from django.db import DatabaseError, InterfaceError
+from psycopg.errors import InsufficientPrivilege
 
 from celery_pglock import labels
 from celery_pglock.audits import OUTCOMES, TABLE
@@ -70,6 +71,13 @@ def _newest(name: str, alias: str, since: float) -> Preemption | None:
             row = cursor.fetchone()
     except FAILURES as error:
         # Without the app there is no audit; and with a database that is away nobody was stopped for another.
-        logger.info("Whether task %s was stopped for a critical one could not be read: %s", name, error)
+        is_forbidden = isinstance(error.__cause__, InsufficientPrivilege)
+        logger.log(
+            logging.WARNING if is_forbidden else logging.INFO,
+            "Whether task %s was stopped for a critical one could not be read%s: %s",
+            name,
+            f" (GRANT SELECT ON {TABLE}, {OUTCOMES} lets it)" if is_forbidden else "",
+            error,
+        )
         return None
     return row and Preemption(*row)

@@ -67,7 +67,7 @@ def findings(app: Any, locked: Sequence[Locked], alias: str) -> Iterator[CheckMe
             yield _excludes_nobody(alias, failure)
             return
         if strict:
-            yield from _table_of_strict_locks(alias)
+            yield from _strict_locks(alias)
         yield from _transactions([one for one in here if one[1].xact], alias)
         yield from _rights(locked, alias, clears=clears, locks=bool(here))
     except DatabaseError as failure:
@@ -96,14 +96,14 @@ def _excludes_nobody(alias: str, failure: Exception) -> CheckMessage:
     )
 
 
-def _table_of_strict_locks(alias: str) -> Iterator[CheckMessage]:
+def _strict_locks(alias: str) -> Iterator[CheckMessage]:
     try:
         check_alias(alias, strict=True)
     except LockMisuse as misuse:
         yield warning(
             "W010",
             str(misuse),
-            hint=f"Workers do not start before manage.py migrate --database={alias} has run.",
+            hint="Workers do not start before that is mended.",
             obj=_where(alias),
         )
 

@@ -53,8 +53,15 @@ def check_alias(alias: str, *, strict: bool) -> None:
     """
     session = LockSession(alias, NOBODY)
     try:
-        if strict and session.rows(fences.HAS_TABLE, []) != [(True,)]:
-            raise no_table(alias)
+        if strict:
+            ((may_keep_tokens,),) = session.rows(fences.MAY_KEEP_TOKENS, [])
+            if may_keep_tokens is None:
+                raise no_table(alias)
+            if not may_keep_tokens:
+                raise LockMisuse(
+                    f"Strict locks write a row for each key, which the role of alias {alias!r} may not: it "
+                    f"needs {fences.RIGHTS}."
+                )
     finally:
         session.close()
 

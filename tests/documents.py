@@ -63,6 +63,11 @@ def python_block(document: str, first_line: str) -> str:
     return block
 
 
+def sql_blocks(document: str) -> list[str]:
+    """All blocks of SQL in the document."""
+    return re.findall(r"```sql\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
 def kinds_of_blocks(page: Path) -> list[str]:
     """What stands behind each opening fence."""
     fences = re.findall(r"^ *```+(.*)$", page.read_text(), re.MULTILINE)
