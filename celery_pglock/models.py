@@ -81,7 +81,7 @@ class LossCount(HourlyCount):
 class KeyState(models.Model):
     """The newest strict holder of a key, and whether it left in order; the lock's own statements write it."""
 
-    pk = models.CompositePrimaryKey("objsubid", "classid", "objid")
+    pk: models.CompositePrimaryKey = models.CompositePrimaryKey("objsubid", "classid", "objid")
     objsubid: models.SmallIntegerField[int, int] = models.SmallIntegerField()
     classid: models.BigIntegerField[int, int] = models.BigIntegerField()
     objid: models.BigIntegerField[int, int] = models.BigIntegerField()
@@ -126,7 +126,7 @@ class Act(models.Model):
 
     class Meta:
         db_table = audits.TABLE
-        default_permissions = ("view",)
+        default_permissions: ClassVar[tuple[str, ...]] = ("view",)
         verbose_name = "audited act"
         indexes: ClassVar[list[models.Index]] = [
             models.Index(fields=["task_id"], name="celery_pglock_act_of_task")
@@ -150,7 +150,7 @@ class Outcome(models.Model):
 
     class Meta:
         db_table = audits.OUTCOMES
-        default_permissions = ("view",)
+        default_permissions: ClassVar[tuple[str, ...]] = ("view",)
 
     def __str__(self) -> str:
         return self.outcome
@@ -176,7 +176,7 @@ class LockReport(models.Model):
     unread: models.JSONField[list[Any], list[Any]] = models.JSONField(default=list)
 
     class Meta:
-        default_permissions = ("view",)
+        default_permissions: ClassVar[tuple[str, ...]] = ("view",)
 
     def __str__(self) -> str:
         return f"report {self.pk}"
@@ -198,7 +198,7 @@ class View(models.Model):
         abstract = True
         managed = False
         default_manager_name = "no_objects"
-        default_permissions = ("view",)
+        default_permissions: ClassVar[tuple[str, ...]] = ("view",)
 
 
 class PGActivity(View):

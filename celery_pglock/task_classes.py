@@ -41,6 +41,9 @@ def refusing_later() -> Iterator[None]:
 class LockedTask(PlainTask):
     """What a task with a lock does otherwise than one without, before any other base class."""
 
+    name: str
+    throws: tuple[type[Exception], ...]
+
     _lock_options: ClassVar[Any] = UNSET
     _next_call_is_celerys: ClassVar[bool] = True
 
