@@ -19,14 +19,14 @@ from celery_pglock.testing import (
     locks_off,
 )
 
-with held_elsewhere(nightly_report.lock_for(42), "key", shared=True), assert_skipped(nightly_report) as skipped:
+with held_elsewhere(nightly_report.lock_for(42), "key"), assert_skipped(nightly_report) as skipped:
     assert_type(skipped, list[TaskConflict])
 with assert_ran(nightly_report, times=2) as locks:
     assert_type(locks, list[advisory])
 with assert_retried("consumer_tasks.nightly_report") as retried, assert_raised(nightly_report) as raised:
     assert_type(retried[0].key, str)
     assert_type(raised[0].waited, float)
-assert_type(lock_free("key", using="other"), bool)
+assert_type(lock_free("key", shared=True, using="other"), bool)
 with locks_off():
     close_lock_sessions(left_by="consumer")
 
