@@ -44,7 +44,7 @@ class LockNotAcquired(LockError, OperationalError):
         self.lock = lock
         self.reason = reason
         self.waited = waited
-        self.holders = tuple(holders)
+        self.holders: tuple[str, ...] = tuple(holders)
 
     def __str__(self) -> str:
         waiting = f"after waiting {self.waited:.2f} s" if self.waited >= 0.01 else "without waiting"
