@@ -2,6 +2,7 @@
 
 import django
 from django.conf import settings
+from pygments.lexers import PostgresLexer
 
 import celery_pglock
 
@@ -35,3 +36,8 @@ html_title = f"celery-pglock {release}"
 html_copy_source = False
 # The same text, wherever and whenever it is built.
 html_last_updated_fmt = None
+
+
+def setup(app):
+    # All SQL here is PostgreSQL's.
+    app.add_lexer("sql", PostgresLexer)

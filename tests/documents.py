@@ -157,7 +157,9 @@ def _run_console(example: Example) -> None:
             program, *arguments = arguments
         run = CONSOLE.get(program, _a_file_of_the_page)
         real = run(example, [program, *arguments], shown)
-        assert not shown or say_the_same(shown, real, known), f"{command}\nis shown with\n{shown}\nbut says\n{real}"
+        assert not shown or say_the_same(shown, real, known), (
+            f"{command}\nis shown with\n{shown}\nbut says\n{real}"
+        )
 
 
 def _commands(text: str) -> Iterator[tuple[str, str]]:
@@ -250,7 +252,9 @@ def _compare(example: Example, read: Callable[[str], str]) -> None:
     printed, example.namespace["printed"] = example.namespace["printed"], ""
     assert printed, f"{example.path}:{example.line}: nothing was printed"
     shown, real = read(example.parsed), read(printed)
-    assert say_the_same(shown, real, example.namespace["known"]), f"shown is\n{shown}\nbut printed was\n{real}"
+    assert say_the_same(shown, real, example.namespace["known"]), (
+        f"shown is\n{shown}\nbut printed was\n{real}"
+    )
 
 
 def _excerpts(document: Document) -> Iterator[Region]:
