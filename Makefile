@@ -121,7 +121,8 @@ $(VENV_OF_TYPES)/.types: $(VENV)/.dev $(shell find celery_pglock -name '*.py' -o
 	@test -d $(VENV_OF_TYPES) || $(BIN)/python -m venv --without-pip $(VENV_OF_TYPES)
 	@rm -rf build/types
 	@$(BIN)/python -m build --no-isolation --wheel --outdir build/types > /dev/null
-	@$(BIN)/pip --python $(VENV_OF_TYPES) install --quiet mypy celery-types django-stubs 'pyright[nodejs]'
+	@$(BIN)/pip --python $(VENV_OF_TYPES) install --quiet build/types/*.whl \
+		'psycopg[binary]' mypy celery-types django-stubs 'pyright[nodejs]'
 	@$(BIN)/pip --python $(VENV_OF_TYPES) install --quiet --force-reinstall --no-deps build/types/*.whl
 	@touch $@
 

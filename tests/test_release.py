@@ -10,6 +10,7 @@ import sys
 import tarfile
 import venv
 import zipfile
+from ctypes.util import find_library
 from email import message_from_bytes, policy
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,11 @@ ROOT = Path(__file__).parent.parent
 SITE = "https://celery-pglock.readthedocs.io/en/latest/"
 # What no release needs, and what others may be writing while it is copied.
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", ".nox", ".*_cache", ".hypothesis", "build", "dist")
+
+# Which 'psycopg[binary]' has in it.
+with_libpq = pytest.mark.skipif(
+    find_library("pq") is None, reason="bare psycopg needs libpq: apt-get install libpq5"
+)
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
@@ -187,9 +193,11 @@ print(json.dumps({one.name: one.requires or [] for one in distributions()}))
         assert declared == {"celery", "click", "django", "psycopg"}
         assert not needed & {"redis", "psycopg-binary", "psycopg-pool", "gevent", "pytest"}
 
+    @with_libpq
     def test_it_can_be_imported_without_settings(self, empty_python):
         run_outside(empty_python, "import celery_pglock as p; assert all(map(p.__dict__.get, p.__all__))")
 
+    @with_libpq
     def test_its_command_can_be_found_by_celery(self, empty_python):
         done = subprocess.run(
             [empty_python.with_name("celery"), "pglock", "--help"], capture_output=True, text=True, cwd="/"
@@ -197,6 +205,7 @@ print(json.dumps({one.name: one.requires or [] for one in distributions()}))
         assert done.returncode == 0, done.stderr
         assert "tree" in done.stdout
 
+    @with_libpq
     def test_the_project_says_which_extra_brings_a_server(self, empty_python):
         code = f"""
 import sys
