@@ -28,7 +28,11 @@ def free_port():
         return there.getsockname()[1]
 
 
-by_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def by_pages(pages):
+    return pytest.mark.parametrize("page", pages, ids=[str(page.relative_to(ROOT)) for page in pages])
+
+
+by_page = by_pages(PAGES)
 
 
 @by_page
@@ -91,7 +95,8 @@ def shop(_shop, transactional_db):
     return _shop
 
 
-@by_page
+# A reader in a folder of his own follows the tutorial: tests/test_tutorial.py.
+@by_pages([page for page in PAGES if page.parent.name != "tutorial"])
 def test_the_code_runs_as_it_stands(page, transactional_db, names):
     documents.follow(page, names)
     names["app"].finalize()

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,8 @@ EXAMPLE = (ROOT / "docs/tutorial/example.md").read_text()
 
 def built_wheel(folder):
     """What is installed from the package index otherwise: the code as it is here."""
-    source = folder / "source"
-    source.mkdir()
-    # setuptools leaves its work beside the source.
-    for name in ("celery_pglock", "pyproject.toml", "README.md", "LICENSE", "pytest_celery_pglock.py"):
-        (source / name).symlink_to(ROOT / name)
+    # Building may leave something beside the source.
+    source = shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(".*", "build", "dist"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source]
     subprocess.run(command, check=True)
     (wheel,) = folder.glob("celery_pglock-*.whl")
