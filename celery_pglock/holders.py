@@ -15,6 +15,7 @@ from celery_pglock.errors import LockMisuse
 from celery_pglock.keys import Key
 from celery_pglock.labels import Owner
 from celery_pglock.pool import pool
+from celery_pglock.wordings import PREPARED
 
 # Advisory locks are per database. The oid comes from pg_stat_activity, so that no lock is waited for.
 LOCKS_ON_KEYS = """
@@ -33,14 +34,14 @@ ORDER BY l.granted DESC, l.waitstart, l.pid
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """One backend that holds a key or waits for it.
+    """One backend that holds a key or waits for it; ``pid`` is ``None`` for a transaction that was prepared.
 
     ``since`` is when it began to wait, or got what it holds; that may be by its own host's clock. It is
     ``None`` where it cannot be known. Names are what the backend says of itself, and empty where it may not
     be read.
     """
 
-    pid: int
+    pid: int | None
     key: str
     shared: bool
     granted: bool
@@ -60,6 +61,8 @@ class Holder:
         }
 
     def __str__(self) -> str:
+        if self.pid is None:
+            return PREPARED
         words = [self.task_name or ("task" if self.task_id else "a session that is no task")]
         if self.task_id:
             words.append(f"[{self.task_id}]")
