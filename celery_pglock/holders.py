@@ -15,6 +15,7 @@ from celery_pglock.errors import LockMisuse
 from celery_pglock.keys import Key
 from celery_pglock.labels import Owner
 from celery_pglock.pool import pool
+from celery_pglock.wordings import PREPARED
 
 # Advisory locks are per database. The oid comes from pg_stat_activity, so that no lock is waited for.
 LOCKS_ON_KEYS = """
@@ -33,7 +34,7 @@ ORDER BY l.granted DESC, l.waitstart, l.pid
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """One backend that holds a key or waits for it.
+    """One backend that holds a key or waits for it; ``pid`` is ``None`` for a transaction that was prepared.
 
     ``pid`` is the backend's, ``granted`` whether it holds the key; ``task_name``, ``task_id`` and ``worker``
     are of the task that it works for. ``since`` is when it began to wait, or got what it holds; that may be
@@ -41,7 +42,7 @@ class Holder:
     itself, and empty where it may not be read.
     """
 
-    pid: int
+    pid: int | None
     key: str
     shared: bool
     granted: bool
@@ -61,6 +62,8 @@ class Holder:
         }
 
     def __str__(self) -> str:
+        if self.pid is None:
+            return PREPARED
         words = [self.task_name or ("task" if self.task_id else "a session that is no task")]
         if self.task_id:
             words.append(f"[{self.task_id}]")

@@ -68,7 +68,7 @@ class Reasons:
     """Whether a key could be taken now, and what the backends of its holders wait for themselves."""
 
     explanation: Explanation
-    obstacles: Mapping[int, tuple[Obstacle, ...]]
+    obstacles: Mapping[Pid, tuple[Obstacle, ...]]
     has_unreadable: bool
 
     def lines(self) -> Iterator[str]:

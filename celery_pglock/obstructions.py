@@ -19,7 +19,6 @@ from celery_pglock.models import BlockedPGLock, PGActivity, PGLock
 from celery_pglock.pool import pool
 from celery_pglock.printed_texts import one_line
 from celery_pglock.querysets import IS_MARKER, OwnPid
-from celery_pglock.trees import PREPARED
 from celery_pglock.waiters import blocked
 
 AS_CRITICAL = "it is as critical"
@@ -261,7 +260,7 @@ class _Tasks:
         who = _task_or_pid(pid, activity)
         if isinstance(who, str):
             return _who(self._names.get(who, ""), who, 0)
-        return PREPARED if pid is None else f"backend {pid}: {wordings.backend(activity)}"
+        return wordings.PREPARED if pid is None else f"backend {pid}: {wordings.backend(activity)}"
 
 
 def _task_or_pid(pid: int | None, activity: Any) -> TaskOrPid:

@@ -12,7 +12,6 @@ from celery_pglock import labels, wordings
 from celery_pglock.printed_texts import in_json, one_line
 from celery_pglock.waiters import Pid
 
-PREPARED = "a transaction that was prepared (see pg_prepared_xacts)"
 INDENT = "    "
 
 # In a queue each is behind all before it, and every line would name hundreds.
@@ -46,7 +45,7 @@ class Backend:
 
     def __str__(self) -> str:
         if self.pid is None:
-            return PREPARED
+            return wordings.PREPARED
         words = f"{self.pid} {wordings.backend(self.activity, self.task_name, self.task_id)}"
         if self.other_sessions:
             is_one = len(self.other_sessions) == 1
@@ -239,7 +238,7 @@ class Waits:
             trees[pid] = Tree(self._backend(pid), place_of[pid], waiters, tuple(repeated.get(pid, ())))
         return [trees[root] for root in roots]
 
-    def obstacles(self, pid: int) -> tuple[Obstacle, ...]:
+    def obstacles(self, pid: Pid) -> tuple[Obstacle, ...]:
         """What a backend waits for, or the other sessions of its task, up to the roots.
 
         Everybody who is in the way is there once, as near as can be.

@@ -14,6 +14,8 @@ SESSIONS = {labels.LOCK_SESSION: "lock session", labels.WORK_CONNECTION: "work c
 # What pg_stat_activity has where this role may not read a query.
 UNREADABLE = "<insufficient privilege>"
 
+PREPARED = "a transaction that was prepared (see pg_prepared_xacts)"
+
 
 def lock(row: Any) -> str:
     """A lock by its type, its mode, and its name, table or number."""

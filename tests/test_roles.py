@@ -19,6 +19,7 @@ import pytest
 from django.db import connection
 
 from celery_pglock import LockNotAcquired, Raise, advisory
+from celery_pglock.conflicts import PREEMPTED
 from celery_pglock.keys import key
 from celery_pglock.models import SkipCount
 from celery_pglock.tasks import prioritize_critical_tasks, report_locks
@@ -50,7 +51,8 @@ from django.test import Client
 client = Client(SERVER_NAME="localhost")
 client.force_login(User.objects.get(), backend="django.contrib.auth.backends.ModelBackend")
 for page in sys.argv[1:]:
-    print(client.get(f"/admin/celery_pglock/{page}/").status_code)
+    answer = client.get(f"/admin/celery_pglock/{page}/")
+    print(answer.status_code, b"permission denied" in answer.content)
 """
 
 LOCK_IN_A_VIEW = """
@@ -279,14 +281,21 @@ class TestWorker:
         count = superuser.execute("SELECT count FROM celery_pglock_skipcount WHERE key = %s", [name])
         assert count.fetchall() == [(1,)]
 
-    def test_a_report_has_nothing_unread_and_is_kept(self, worker, superuser):
+    def test_a_report_has_nothing_unread_is_kept_and_takes_the_place_of_what_is_old(self, worker, superuser):
         superuser.execute(
             "INSERT INTO celery_pglock_lockreport (at, held, waiting, findings, unread)"
             " VALUES ('2020-01-01', 0, 0, '[]', '[]')"
         )
+        counts = ("celery_pglock_skipcount", "celery_pglock_losscount")
+        for table in counts:
+            superuser.execute(
+                f"INSERT INTO {table} (key, task_name, hour, count) VALUES ('k', 't', '2020-01-01', 1)"
+            )
         assert result(report_locks)["unread"] == []
         reports = superuser.execute("SELECT count(*), min(at) > '2021-01-01' FROM celery_pglock_lockreport")
         assert reports.fetchone() == (1, True)
+        for table in counts:
+            assert not superuser.execute(f"SELECT FROM {table} WHERE hour < '2021-01-01'").fetchall()
         superuser.execute("DELETE FROM celery_pglock_lockreport")
 
     def test_who_is_in_the_way_of_a_critical_task_is_stopped_and_comes_back(self, worker, superuser):
@@ -452,7 +461,7 @@ class TestWeb:
         )
         pages = ("pglock", "blockedpglock", "lockreport", "act")
         shown = python("web", database, "-c", LOOK_AT_THE_ADMIN, *pages)
-        assert shown.stdout.split() == ["200"] * 4, shown.stderr
+        assert shown.stdout.splitlines() == ["200 False"] * 4, shown.stderr
 
 
 class TestOperator:
@@ -500,6 +509,22 @@ class TestOperator:
         superuser.execute(f"REVOKE {role('worker')} FROM {role('operator')}")
         with pytest.raises(Exception, match="lost"):
             holder.get(timeout=20)
+
+
+class TestBroker:
+    def test_no_message_changes_the_options_of_a_lock(self, worker, superuser):
+        name = a_key()
+        given = {"lock_key": "another", "lock_side_effect": "Raise", "lock_limit": 2, "lock_timeout": 50}
+        with taken(superuser, name):
+            sent = tasks.locks.apply_async([name], queue="roles", headers=given, **given)
+            assert sent.get(timeout=20) == "skipped"
+
+    def test_a_message_that_says_it_was_stopped_for_a_critical_task_is_not_skipped(self, worker, superuser):
+        name = a_key()
+        with taken(superuser, name):
+            sent = tasks.locks.apply_async([name], queue="roles", headers={PREEMPTED: True})
+            wait_until(lambda: sent.state == "RETRY")
+        assert sent.get(timeout=20) == "done"
 
 
 @pytest.mark.django_db(transaction=True)
