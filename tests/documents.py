@@ -138,6 +138,8 @@ def follow(page: Path, names: dict[str, Any]) -> None:
         if out.getvalue():
             namespace["printed"] = out.getvalue()
         check_settings(namespace)
+    # Celery makes tasks only then.
+    namespace["app"].finalize()
 
 
 def _run_console(example: Example) -> None:
