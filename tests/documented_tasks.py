@@ -41,7 +41,9 @@ def import_account(account_id):
     wait_for_the_row(f"account {account_id}")
 
 
-@app.task(name="shop.tasks.transfer", base=AdvisoryTask, lock_key="transfer", lock_side_effect=Retry(0.5, 0.5))
+@app.task(
+    name="shop.tasks.transfer", base=AdvisoryTask, lock_key="transfer", lock_side_effect=Retry(0.5, 0.5)
+)
 def transfer():
     return "transferred"
 

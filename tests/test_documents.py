@@ -23,7 +23,6 @@ CODE = {"python", "pycon", "console", "sql", "json", "text"}
 DIRECTIVES = {"{eval-rst}", "{include}", "{literalinclude}", "{toctree}"}
 
 
-
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as there:
         return there.getsockname()[1]
