@@ -13,7 +13,7 @@ from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
-from celery import current_app
+from celery import Celery, current_app
 from celery.bin.base import CLIContext
 from celery.bin.celery import celery as celery_command
 from django.core.management import execute_from_command_line
@@ -25,7 +25,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
 import celery_pglock.tasks  # noqa: F401 - beat's entries name its tasks
-from celery_pglock import config
+from celery_pglock import config, install
 from tests.celery_app import app as celery_app
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +143,8 @@ def follow(page: Path, names: dict[str, Any]) -> None:
         if out.getvalue():
             namespace["printed"] = out.getvalue()
         check_settings(namespace)
+    # Celery makes tasks only then.
+    namespace["app"].finalize()
 
 
 def _run_console(example: Example) -> None:
@@ -205,6 +207,8 @@ def _celery(example: Example, command: list[str], shown: str) -> str:
 
 
 def _make(example: Example, command: list[str], shown: str) -> str:
+    known = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {word.partition("=")[0] for word in command if "=" in word} <= set(known), command
     subprocess.run([*command, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
     return ""
 
@@ -288,8 +292,14 @@ def check_settings(names: dict[str, Any]) -> None:
     for entry in names.get("CELERY_BEAT_SCHEDULE", {}).values():
         task = current_app.tasks[entry["task"]]
         inspect.signature(task.run).bind(*entry.get("args", ()), **entry.get("kwargs", {}))
-    for name in {*names.get("CELERY_TASK_ROUTES", ()), *names.get("CELERY_TASK_ANNOTATIONS", ())}:
-        assert name in {*current_app.tasks, *names["app"].tasks}, name
+    for name in names.get("CELERY_TASK_ROUTES", ()):
+        assert name in current_app.tasks, name
+    if "CELERY_TASK_ANNOTATIONS" in names:
+        annotated = Celery(set_as_current=False)
+        annotated.conf.task_annotations = names["CELERY_TASK_ANNOTATIONS"]
+        # As a worker does: an option that cannot be used is refused when its task is bound.
+        install(annotated)
+        assert annotated.conf.task_annotations.keys() <= annotated.tasks.keys()
 
 
 def _python_parser(kind: str) -> PythonCodeBlockParser:

@@ -13,7 +13,7 @@ from django.conf import settings
 from django.test.utils import override_settings
 
 import celery_pglock
-from tests import documents
+from tests import documented_tasks, documents
 from tests.celery_app import app
 from tests.conftest import running_worker
 from tests.documents import PAGES, ROOT
@@ -56,6 +56,7 @@ def names(request, rival, monkeypatch):
     # A shared task of one page is none of the next.
     monkeypatch.setattr("celery._state._on_app_finalizers", set(celery._state._on_app_finalizers))
     current = celery.current_app._get_current_object()
+    tasks = dict(current.tasks)
     app = Celery("proj", set_as_current=False)
     app.config_from_object("django.conf:settings", namespace="CELERY")
 
@@ -72,12 +73,14 @@ def names(request, rival, monkeypatch):
         yield {**module, **public, "app": app, "rival": rival, "request": request, "pretend": pretend}
     app.close()
     current.set_current()
+    for name in current.tasks.keys() - tasks.keys():
+        del current.tasks[name]
 
 
 @pytest.fixture(scope="module")
 def _shop(django_db_setup, django_db_blocker, tmp_path_factory):
     variables = {
-        "TASKS": "documented_tasks",
+        "TASKS": documented_tasks.__name__.removeprefix("tests."),
         "AS_DOCUMENTED": "yes",
         "PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics")),
         "METRICS_PORT": str(free_port()),
@@ -99,4 +102,3 @@ def shop(_shop, transactional_db):
 @by_pages([page for page in PAGES if page.parent.name != "tutorial"])
 def test_the_code_runs_as_it_stands(page, transactional_db, names):
     documents.follow(page, names)
-    names["app"].finalize()
