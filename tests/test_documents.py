@@ -20,7 +20,7 @@ from tests.documents import PAGES, ROOT
 
 CODE = {"python", "pycon", "console", "sql", "json", "text"}
 # Of Sphinx: it refuses what they name and is not there.
-DIRECTIVES = {"{eval-rst}", "{include}", "{literalinclude}", "{toctree}"}
+DIRECTIVES = {"{eval-rst}", "{glossary}", "{image}", "{include}", "{literalinclude}", "{toctree}"}
 
 
 def free_port():
