@@ -13,7 +13,7 @@ import pytest
 from example_project.servers import free_port
 from tests.conftest import wait_until
 from tests.readers import CUT, STEP, Reader, commands_of, environment_of_a_new_shell
-from tests.servers import Cluster, broker
+from tests.servers import Cluster, broker, version_of_the_tests
 
 pytestmark = pytest.mark.long
 
@@ -87,7 +87,8 @@ def answers(terminal, block):
 
 def command_of_make(*arguments):
     """What ``make example`` runs in the end, with the programs of the tests."""
-    command = ["make", "--dry-run", "--no-print-directory", "example", f"VENV={sys.prefix}", *arguments]
+    command = ["make", "--dry-run", "--no-print-directory", "example", f"VENV={sys.prefix}"]
+    command += [f"PG={version_of_the_tests()}", *arguments]
     told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return told.replace("\\\n", " ").strip().split("\n")[-1]
 
