@@ -18,7 +18,7 @@ INTRODUCTION = """\
 
 Written by `make bench`, which starts its own servers, lets all contenders take turns in one run, and measures
 the floor beside them. **Read the ratios, not the times**: those are of this machine, and of this hour. How to
-run and to read it is in [benchmarks/README.md](../../benchmarks/README.md).
+run and to read it is in `benchmarks/README.md`.
 """
 
 

@@ -32,7 +32,7 @@ class PrioritizeCriticalTasks(bootsteps.StartStopStep):
     """
 
     # After the first children are forked: the less a fork finds under way, the better.
-    requires = ("celery.worker.components:Pool",)
+    requires: tuple[type[bootsteps.Step] | str, ...] = ("celery.worker.components:Pool",)
 
     interval: ClassVar[Duration] = 10
     dry_run: ClassVar[bool] = False

@@ -232,7 +232,7 @@ class Claim:
             transaction.set_rollback(rollback=True, using=self.using)
             hold.give_back()
             hold.transaction = None
-        return Refusal(reason, hold.waited)
+        return Refusal(reason, waited=0.0 if timeout == 0 else hold.waited)
 
     def _reason_why_not(self, hold: Hold, owner: Owner, timeout: MaybeSeconds, started: float) -> str | None:
         if not current().ENABLED:

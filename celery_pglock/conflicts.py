@@ -63,7 +63,7 @@ class TaskConflict(Conflict):
         try:
             return effect.on_conflict(self)
         except (Ignore, Reject) as ended:
-            self._tell_who_hangs(ended)
+            self._tell_what_never_runs(ended)
             raise
 
     def skip(self, result: Any = None, *, chain: str = "continue") -> Any:
@@ -149,14 +149,13 @@ class TaskConflict(Conflict):
                 self.request.id,
             )
 
-    def _tell_who_hangs(self, ended: Ignore | Reject) -> None:
+    def _tell_what_never_runs(self, ended: Ignore | Reject) -> None:
         comes_again = getattr(ended, "requeue", False) or REPLACED in ended.args
         hangs = "chord" if self.request.chord else "chain" if self.request.chain else ""
         if hangs and self.has_message and not comes_again:
             logger.error(
-                "Task %s[%s] was ended by %s, raised by its side effect: it gets no result, and the rest of "
-                "its %s never runs. Return conflict.skip(...) or conflict.retry(...) instead, or raise "
-                "conflict.error().",
+                "Task %s[%s] was ended by %s, raised by its side effect: the rest of its %s never runs. "
+                "Return conflict.skip(...) or conflict.retry(...) instead, or raise conflict.error().",
                 self.task.name,
                 self.request.id,
                 type(ended).__name__,

@@ -33,8 +33,8 @@ class LockError(Exception):
 class LockNotAcquired(LockError, OperationalError):
     """The lock is held by somebody else, and waiting for it ended or was not asked for.
 
-    ``lock`` is the lock's name, ``reason`` what PostgreSQL answered, ``waited`` the seconds spent,
-    ``holders`` one line for each holder that could still be seen.
+    ``lock`` is the lock's name, ``reason`` what PostgreSQL answered, ``waited`` the seconds spent
+    (0 where waiting was not asked for), ``holders`` one line for each holder that could still be seen.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LockNotAcquired(LockError, OperationalError):
         self.lock = lock
         self.reason = reason
         self.waited = waited
-        self.holders = tuple(holders)
+        self.holders: tuple[str, ...] = tuple(holders)
 
     def __str__(self) -> str:
         waiting = f"after waiting {self.waited:.2f} s" if self.waited >= 0.01 else "without waiting"

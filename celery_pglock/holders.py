@@ -36,9 +36,10 @@ ORDER BY l.granted DESC, l.waitstart, l.pid
 class Holder:
     """One backend that holds a key or waits for it; ``pid`` is ``None`` for a transaction that was prepared.
 
-    ``since`` is when it began to wait, or got what it holds; that may be by its own host's clock. It is
-    ``None`` where it cannot be known. Names are what the backend says of itself, and empty where it may not
-    be read.
+    ``pid`` is the backend's, ``granted`` whether it holds the key; ``task_name``, ``task_id`` and ``worker``
+    are of the task that it works for. ``since`` is when it began to wait, or got what it holds; that may be
+    by its own host's clock. It is ``None`` where it cannot be known. Names are what the backend says of
+    itself, and empty where it may not be read.
     """
 
     pid: int | None
@@ -75,7 +76,11 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Whether a lock could be taken at the moment of looking, and who stood in the way."""
+    """Whether a lock could be taken at the moment of looking, and who stood in the way.
+
+    ``lock`` is its name, ``would_run`` whether it could be taken; ``holders`` and ``waiters`` are tuples of
+    ``Holder``. As text it is a line for the lock, and one for each of them.
+    """
 
     lock: str
     would_run: bool

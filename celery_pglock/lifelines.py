@@ -45,11 +45,11 @@ class Lifeline:
         self.connection = connection
         self.backend_pid = backend_pid
         self.lease = lease
-        self.loss = ""
+        self.loss: str = ""
         # Held while anybody uses the connection: libpq is not made for two threads.
-        self.speaking = threading.RLock()
+        self.speaking: threading.RLock = threading.RLock()
         # A descriptor of our own, because libpq closes its own as it likes, and its number goes to others.
-        self.socket = os.dup(connection.fileno())
+        self.socket: int = os.dup(connection.fileno())
         self._wire = Wire(connection)
         self._closing = threading.Lock()
         self._gives_up_after = GIVE_UP * lease

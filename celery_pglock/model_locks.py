@@ -64,7 +64,8 @@ def model(
     if not reason:
         return True
     names = ", ".join(name for _, name in tables)
-    effect.on_conflict(Conflict(key=names, reason=reason, waited=time.monotonic() - started, look=tuple))
+    waited = 0.0 if wait == 0 else time.monotonic() - started
+    effect.on_conflict(Conflict(key=names, reason=reason, waited=waited, look=tuple))
     return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import datetime, timedelta
 from typing import Any, ClassVar
 
 from django.db import ProgrammingError, connections, models, router, transaction
@@ -40,10 +41,11 @@ class HourlyCounts(models.Manager[Any]):
 class HourlyCount(models.Model):
     """How often something happened to a task because of a key, within one hour."""
 
-    key = models.CharField(max_length=LONGEST_KEY)
-    task_name = models.CharField(max_length=LONGEST_KEY)
-    hour = models.DateTimeField(db_index=True)
-    count = models.PositiveBigIntegerField()
+    # Here and below: mypy's plugin would know the types of fields, and other type checkers have none.
+    key: models.CharField[str, str] = models.CharField(max_length=LONGEST_KEY)
+    task_name: models.CharField[str, str] = models.CharField(max_length=LONGEST_KEY)
+    hour: models.DateTimeField[datetime, datetime] = models.DateTimeField(db_index=True)
+    count: models.PositiveBigIntegerField[int, int] = models.PositiveBigIntegerField()
 
     objects: ClassVar[HourlyCounts] = HourlyCounts()
 
@@ -79,18 +81,18 @@ class LossCount(HourlyCount):
 class KeyState(models.Model):
     """The newest strict holder of a key, and whether it left in order; the lock's own statements write it."""
 
-    pk = models.CompositePrimaryKey("objsubid", "classid", "objid")
-    objsubid = models.SmallIntegerField()
-    classid = models.BigIntegerField()
-    objid = models.BigIntegerField()
-    timeline = models.BigIntegerField()
-    number = models.BigIntegerField()
-    lease = models.FloatField()
-    task_id = models.CharField(max_length=fences.LONGEST_TASK_ID)
-    is_clean = models.BooleanField()
-    was_clean = models.BooleanField()
-    was_lease = models.FloatField()
-    was_task_id = models.CharField(max_length=fences.LONGEST_TASK_ID)
+    pk: models.CompositePrimaryKey = models.CompositePrimaryKey("objsubid", "classid", "objid")
+    objsubid: models.SmallIntegerField[int, int] = models.SmallIntegerField()
+    classid: models.BigIntegerField[int, int] = models.BigIntegerField()
+    objid: models.BigIntegerField[int, int] = models.BigIntegerField()
+    timeline: models.BigIntegerField[int, int] = models.BigIntegerField()
+    number: models.BigIntegerField[int, int] = models.BigIntegerField()
+    lease: models.FloatField[float, float] = models.FloatField()
+    task_id: models.CharField[str, str] = models.CharField(max_length=fences.LONGEST_TASK_ID)
+    is_clean: models.BooleanField[bool, bool] = models.BooleanField()
+    was_clean: models.BooleanField[bool, bool] = models.BooleanField()
+    was_lease: models.FloatField[float, float] = models.FloatField()
+    was_task_id: models.CharField[str, str] = models.CharField(max_length=fences.LONGEST_TASK_ID)
 
     class Meta:
         db_table = fences.TABLE
@@ -108,23 +110,23 @@ class Act(models.Model):
     task goes back to its queue, and ``None`` where its own options say what becomes of it.
     """
 
-    at = models.DateTimeField()
-    through = models.CharField(max_length=audits.LONGEST_TEXT)
-    by = models.CharField(max_length=audits.LONGEST_TEXT)
-    action = models.CharField(max_length=20)
-    pid = models.IntegerField()
-    backend_start = models.DateTimeField(null=True)
-    role = models.CharField(max_length=63, null=True)
-    application_name = models.CharField(max_length=63, null=True)
-    client_addr = models.CharField(max_length=64, null=True)
-    task_id = models.CharField(max_length=63)
-    comes_back = models.BooleanField(null=True)
-    query_hash = models.CharField(max_length=32, null=True)
-    reason = models.CharField(max_length=audits.LONGEST_TEXT)
+    at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
+    through: models.CharField[str, str] = models.CharField(max_length=audits.LONGEST_TEXT)
+    by: models.CharField[str, str] = models.CharField(max_length=audits.LONGEST_TEXT)
+    action: models.CharField[str, str] = models.CharField(max_length=20)
+    pid: models.IntegerField[int, int] = models.IntegerField()
+    backend_start: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
+    role: models.CharField[str | None, str | None] = models.CharField(max_length=63, null=True)
+    application_name: models.CharField[str | None, str | None] = models.CharField(max_length=63, null=True)
+    client_addr: models.CharField[str | None, str | None] = models.CharField(max_length=64, null=True)
+    task_id: models.CharField[str, str] = models.CharField(max_length=63)
+    comes_back: models.BooleanField[bool | None, bool | None] = models.BooleanField(null=True)
+    query_hash: models.CharField[str | None, str | None] = models.CharField(max_length=32, null=True)
+    reason: models.CharField[str, str] = models.CharField(max_length=audits.LONGEST_TEXT)
 
     class Meta:
         db_table = audits.TABLE
-        default_permissions = ("view",)
+        default_permissions: ClassVar[tuple[str, ...]] = ("view",)
         verbose_name = "audited act"
         indexes: ClassVar[list[models.Index]] = [
             models.Index(fields=["task_id"], name="celery_pglock_act_of_task")
@@ -140,13 +142,15 @@ class Outcome(models.Model):
     An act without one is of a process that did not live to tell.
     """
 
-    act = models.OneToOneField(Act, on_delete=models.CASCADE, primary_key=True)
-    at = models.DateTimeField()
-    outcome = models.CharField(max_length=20)
+    act: models.OneToOneField[Act, Act] = models.OneToOneField(
+        Act, on_delete=models.CASCADE, primary_key=True
+    )
+    at: models.DateTimeField[datetime, datetime] = models.DateTimeField()
+    outcome: models.CharField[str, str] = models.CharField(max_length=20)
 
     class Meta:
         db_table = audits.OUTCOMES
-        default_permissions = ("view",)
+        default_permissions: ClassVar[tuple[str, ...]] = ("view",)
 
     def __str__(self) -> str:
         return self.outcome
@@ -160,17 +164,19 @@ class LockReport(models.Model):
     of objects, each with a ``kind``.
     """
 
-    at = models.DateTimeField(db_index=True)
-    held = models.PositiveIntegerField(null=True)
-    waiting = models.PositiveIntegerField(null=True)
-    skipped = models.PositiveBigIntegerField(null=True)
-    longest_held = models.DurationField(null=True)
-    longest_wait = models.DurationField(null=True)
-    findings = models.JSONField(default=list)
-    unread = models.JSONField(default=list)
+    at: models.DateTimeField[datetime, datetime] = models.DateTimeField(db_index=True)
+    held: models.PositiveIntegerField[int | None, int | None] = models.PositiveIntegerField(null=True)
+    waiting: models.PositiveIntegerField[int | None, int | None] = models.PositiveIntegerField(null=True)
+    skipped: models.PositiveBigIntegerField[int | None, int | None] = models.PositiveBigIntegerField(
+        null=True
+    )
+    longest_held: models.DurationField[timedelta | None, timedelta | None] = models.DurationField(null=True)
+    longest_wait: models.DurationField[timedelta | None, timedelta | None] = models.DurationField(null=True)
+    findings: models.JSONField[list[Any], list[Any]] = models.JSONField(default=list)
+    unread: models.JSONField[list[Any], list[Any]] = models.JSONField(default=list)
 
     class Meta:
-        default_permissions = ("view",)
+        default_permissions: ClassVar[tuple[str, ...]] = ("view",)
 
     def __str__(self) -> str:
         return f"report {self.pk}"
@@ -192,7 +198,7 @@ class View(models.Model):
         abstract = True
         managed = False
         default_manager_name = "no_objects"
-        default_permissions = ("view",)
+        default_permissions: ClassVar[tuple[str, ...]] = ("view",)
 
 
 class PGActivity(View):
@@ -202,26 +208,26 @@ class PGActivity(View):
     read from. What this role may not see is ``None``.
     """
 
-    id = models.IntegerField(primary_key=True)
-    start = models.DateTimeField(null=True)
-    duration = Interval(null=True)
-    query = models.TextField()
-    context = Context(null=True)
-    state = Spelled(max_length=64, null=True)
-    xact_start = models.DateTimeField(null=True)
-    backend_start = models.DateTimeField(null=True)
-    state_change = models.DateTimeField(null=True)
-    wait_event_type = Spelled(max_length=64, null=True)
-    wait_event = Spelled(max_length=64, null=True)
-    backend_xid = models.CharField(max_length=64, null=True)
-    backend_xmin = models.CharField(max_length=64, null=True)
-    backend_type = Spelled(max_length=64, null=True)
-    application_name = models.CharField(max_length=63, null=True)
-    client_addr = models.CharField(max_length=64, null=True)
-    client_hostname = models.CharField(max_length=256, null=True)
-    client_port = models.IntegerField(null=True)
+    id: models.IntegerField[int, int] = models.IntegerField(primary_key=True)
+    start: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
+    duration: models.DurationField[timedelta | None, timedelta | None] = Interval(null=True)
+    query: models.TextField[str, str] = models.TextField()
+    context: models.TextField[dict[str, Any] | None, dict[str, Any] | None] = Context(null=True)
+    state: models.CharField[str | None, str | None] = Spelled(max_length=64, null=True)
+    xact_start: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
+    backend_start: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
+    state_change: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
+    wait_event_type: models.CharField[str | None, str | None] = Spelled(max_length=64, null=True)
+    wait_event: models.CharField[str | None, str | None] = Spelled(max_length=64, null=True)
+    backend_xid: models.CharField[str | None, str | None] = models.CharField(max_length=64, null=True)
+    backend_xmin: models.CharField[str | None, str | None] = models.CharField(max_length=64, null=True)
+    backend_type: models.CharField[str | None, str | None] = Spelled(max_length=64, null=True)
+    application_name: models.CharField[str | None, str | None] = models.CharField(max_length=63, null=True)
+    client_addr: models.CharField[str | None, str | None] = models.CharField(max_length=64, null=True)
+    client_hostname: models.CharField[str | None, str | None] = models.CharField(max_length=256, null=True)
+    client_port: models.IntegerField[int | None, int | None] = models.IntegerField(null=True)
 
-    objects = PGActivityQuerySet.as_manager()
+    objects: ClassVar[PGActivityQuerySet[PGActivity]] = PGActivityQuerySet.as_manager()  # type: ignore[assignment]
 
     class Meta(View.Meta):
         abstract = False
@@ -245,26 +251,26 @@ class Lock(View):
     says; of another one that is held, when its transaction began, so that it may be younger.
     """
 
-    id = models.TextField(primary_key=True)
-    type = Spelled(max_length=64)
-    activity = models.ForeignKey(
+    id: models.TextField[str, str] = models.TextField(primary_key=True)
+    type: models.CharField[str, str] = Spelled(max_length=64)
+    activity: models.ForeignKey[PGActivity | None, PGActivity | None] = models.ForeignKey(
         PGActivity, on_delete=models.DO_NOTHING, db_constraint=False, null=True, related_name="+"
     )
-    mode = Mode(max_length=64)
-    granted = models.BooleanField()
-    wait_start = models.DateTimeField(null=True)
-    wait_duration = Interval(null=True)
-    since = models.DateTimeField(null=True)
-    rel_kind = Spelled(max_length=32, null=True)
-    rel_name = models.CharField(max_length=127, null=True)
-    relation = models.BigIntegerField(null=True)
-    name = LabelText()
-    task_name = LabelText()
-    task_id = LabelText()
-    worker = LabelText()
-    classid = models.BigIntegerField(null=True)
-    objid = models.BigIntegerField(null=True)
-    objsubid = models.SmallIntegerField(null=True)
+    mode: models.CharField[str, str] = Mode(max_length=64)
+    granted: models.BooleanField[bool, bool] = models.BooleanField()
+    wait_start: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
+    wait_duration: models.DurationField[timedelta | None, timedelta | None] = Interval(null=True)
+    since: models.DateTimeField[datetime | None, datetime | None] = models.DateTimeField(null=True)
+    rel_kind: models.CharField[str | None, str | None] = Spelled(max_length=32, null=True)
+    rel_name: models.CharField[str | None, str | None] = models.CharField(max_length=127, null=True)
+    relation: models.BigIntegerField[int | None, int | None] = models.BigIntegerField(null=True)
+    name: models.TextField[str, str] = LabelText()
+    task_name: models.TextField[str, str] = LabelText()
+    task_id: models.TextField[str, str] = LabelText()
+    worker: models.TextField[str, str] = LabelText()
+    classid: models.BigIntegerField[int | None, int | None] = models.BigIntegerField(null=True)
+    objid: models.BigIntegerField[int | None, int | None] = models.BigIntegerField(null=True)
+    objsubid: models.SmallIntegerField[int | None, int | None] = models.SmallIntegerField(null=True)
 
     class Meta(View.Meta):
         abstract = True
@@ -277,7 +283,7 @@ class Lock(View):
 class PGLock(Lock):
     """A lock of this database, held or waited for, as ``pg_locks`` shows it."""
 
-    objects = PGLockQuerySet.as_manager()
+    objects: ClassVar[PGLockQuerySet[PGLock]] = PGLockQuerySet.as_manager()  # type: ignore[assignment]
 
     class Meta(Lock.Meta):
         abstract = False
@@ -290,11 +296,11 @@ class BlockedPGLock(Lock):
     ``blocking_activity`` is ``None`` for a transaction that was prepared.
     """
 
-    blocking_activity = models.ForeignKey(
+    blocking_activity: models.ForeignKey[PGActivity | None, PGActivity | None] = models.ForeignKey(
         PGActivity, on_delete=models.DO_NOTHING, db_constraint=False, null=True, related_name="+"
     )
 
-    objects = BlockedPGLockQuerySet.as_manager()
+    objects: ClassVar[BlockedPGLockQuerySet[BlockedPGLock]] = BlockedPGLockQuerySet.as_manager()  # type: ignore[assignment]
 
     class Meta(Lock.Meta):
         abstract = False

@@ -89,7 +89,7 @@ class LockSession:
     def __init__(self, alias: str, owner: Owner) -> None:
         self.alias = alias
         # A forked child must not speak on its parent's socket: hence the pid.
-        self.process = os.getpid()
+        self.process: int = os.getpid()
         # Who must know that the session is lost; called by the watcher, time and again, with the reason.
         self.to_be_told: list[Callable[[str], None]] = []
         self._held = Inventory()

@@ -8,28 +8,46 @@ from __future__ import annotations
 
 from django.dispatch import Signal
 
-lock_acquired = Signal(use_caching=True)
-"""The lock was obtained, and the body is about to run. Also, in seconds, ``waited`` in place and ``delayed``
-since the task's first conflict, over all its retries; ``attempt`` counts from 1."""
+lock_acquired: Signal = Signal(use_caching=True)
+"""The task has its lock, and its body is about to run.
 
-lock_conflict = Signal(use_caching=True)
-"""The lock was not obtained. Also: ``conflict``, and what became of the task, ``outcome``: it was
-``"skipped"``, ``"retried"`` or ``"raised"``; it was ``"redelivered"``, a copy of the message that holds the
-lock, and comes back; or it ``"waits"`` in place until the broker takes its retry."""
+``waited`` is in place, in this attempt; ``attempt`` counts from 1, over its retries for the lock; ``delayed``
+is since its first conflict, over those retries, by the hosts' clocks, and 0.0 if it had none.
+"""
 
-lock_skipped = Signal(use_caching=True)
-"""A task was skipped. Also: ``conflict``."""
+lock_conflict: Signal = Signal(use_caching=True)
+"""The lock was not obtained; sent after what became of the task.
 
-lock_released = Signal(use_caching=True)
-"""The lock was given back. Also: ``held`` in seconds."""
+``outcome`` tells that: ``"skipped"``, ``"retried"``, ``"raised"``, ``"redelivered"`` or ``"waits"``.
+``conflict`` is a ``Conflict``, whose ``holders`` may be read.
+"""
 
-lock_lost = Signal(use_caching=True)
-"""A lock turned out to be gone before the work was done. Also: ``reason``, and ``held`` in seconds until that
-was found out."""
+lock_skipped: Signal = Signal(use_caching=True)
+"""``Skip`` ends the task; sent before the ``lock_conflict`` of it, with the same ``conflict``."""
 
-backend_stopped = Signal()
-"""A backend was to be stopped: ``stop`` tells what became of it, ``action`` what was tried on which alias:
-``using``."""
+lock_released: Signal = Signal(use_caching=True)
+"""The lock was given back: after the body and its COMMIT, before the result, links and retries are sent.
 
-locks_reported = Signal()
-"""The locks of an alias were looked at: ``report`` tells what was found there; the alias is ``using``."""
+``held`` is how long the task had it.
+"""
+
+lock_lost: Signal = Signal(use_caching=True)
+"""Instead of ``lock_released``, if the lock turned out to be gone, however the body ended.
+
+``held`` is until that was found out; ``reason`` is in words.
+"""
+
+backend_stopped: Signal = Signal()
+"""A backend was to be stopped, by a command, the admin, ``prioritize``, ``prioritize_critical_tasks`` or a
+queryset.
+
+``stop`` tells what became of it, ``action`` what was tried on the alias ``using``. It has no ``lock``, and
+``sender`` is ``None``.
+"""
+
+locks_reported: Signal = Signal()
+"""``report_locks`` has looked at the locks of the alias ``using``.
+
+``report`` has what its result has, as attributes, and durations as timedeltas. It has no ``lock``, and
+``sender`` is ``None``.
+"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import Task
 from celery.contrib.django.task import DjangoTask
@@ -17,6 +17,13 @@ from celery_pglock.errors import LockMisuse, LockNotAcquired
 from celery_pglock.held_locks import HeldLock, lock_of
 from celery_pglock.locks import advisory
 from celery_pglock.task_options import TaskOptions, options_of, options_on, states_an_option
+
+if TYPE_CHECKING:
+    # Generic in the stubs alone.
+    PlainTask = Task[..., Any]
+    PlainDjangoTask = DjangoTask[..., Any]
+else:
+    PlainTask, PlainDjangoTask = Task, DjangoTask
 
 _is_refused_later = ContextVar("_is_refused_later", default=False)
 
@@ -31,8 +38,11 @@ def refusing_later() -> Iterator[None]:
         _is_refused_later.reset(token)
 
 
-class LockedTask(Task):  # type: ignore[type-arg] # generic in the stubs alone
+class LockedTask(PlainTask):
     """What a task with a lock does otherwise than one without, before any other base class."""
+
+    name: str
+    throws: tuple[type[Exception], ...]
 
     _lock_options: ClassVar[Any] = UNSET
     _next_call_is_celerys: ClassVar[bool] = True
@@ -119,7 +129,7 @@ class LockedTask(Task):  # type: ignore[type-arg] # generic in the stubs alone
         return super().on_replace(sig)
 
 
-class AdvisoryTask(LockedTask, DjangoTask):  # type: ignore[type-arg] # generic in the stubs alone
+class AdvisoryTask(LockedTask, PlainDjangoTask):
     """A task that holds a PostgreSQL advisory lock while it runs.
 
     Its options are class attributes: given to ``@app.task(base=AdvisoryTask, ...)``, to a base class, or

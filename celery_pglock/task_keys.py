@@ -26,6 +26,7 @@ class _Arguments(Enum):
 MOST_TEMPLATES: Final = 256
 
 ALL_ARGUMENTS: Final = _Arguments.ALL_ARGUMENTS
+"""For ``lock_by``: the values of all parameters make the key."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class locks_off(override_settings):  # noqa: N801 - used like a function, as its
         super().__init__()
 
     def enable(self) -> None:
-        self.options = _turned_off()
+        self.options: dict[str, Any] = _turned_off()
         super().enable()
 
     def decorate_class(self, cls: Any) -> Any:

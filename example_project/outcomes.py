@@ -41,7 +41,10 @@ class Outcome:
 
 
 def outcomes() -> list[Outcome]:
-    """One for each task that the director or beat sent; a task that comes back stays the same task."""
+    """One for each task that was sent, or met by a worker; a task that comes back stays the same task.
+
+    ``celery call`` in another terminal loads no Django, so nobody there writes into the journal.
+    """
     by_hand = set(Act.objects.exclude(through="beat").values_list("task_id", flat=True))
     stopped = Counter(Entry.objects.filter(what="stopped").values_list("task_id", flat=True))
     # A body that works on two resources begins on each of them.
@@ -49,12 +52,12 @@ def outcomes() -> list[Outcome]:
     times_run: dict[str, int] = {}
     for (task_id, _), times in begun.items():
         times_run[task_id] = max(times, times_run.get(task_id, 0))
-    sent = Entry.objects.filter(what="sent").values_list("task", "task_id").distinct()
+    known = Entry.objects.exclude(task_id="").values_list("task", "task_id").distinct()
     return [
         Outcome(
             task, task_id, end_of(task_id), times_run.get(task_id, 0) - stopped[task_id], task_id in by_hand
         )
-        for task, task_id in sent
+        for task, task_id in known
     ]
 
 

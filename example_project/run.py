@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import django
 from django.conf import settings
@@ -47,7 +48,10 @@ def main() -> int:
     password = open_office()
     app.control.purge()
     say(f"The admin, while it lasts: http://127.0.0.1:{port}/admin/celery_pglock/")
-    say(f"Login: {MANAGER}, password: {password}\n")
+    say(f"Login: {MANAGER}, password: {password}")
+    if arguments.serve:
+        commands()
+    say()
     with Processes(logs, port) as processes:
         director = Director(processes, seconds)
         is_complete = director.perform()
@@ -72,6 +76,15 @@ def legend(seconds: float) -> None:
         say("EXAMPLE_WITHOUT_LOCKS is set, so nothing keeps them from it.\n")
     table([(f"  {scene.name}", scene.story, scene.option) for scene in SCENES])
     say()
+
+
+def commands() -> None:
+    """How a command in another terminal finds the servers, whose ports are others each time."""
+    named = {name: os.environ.get(name, "") for name in ("DATABASE_URL", "CELERY_BROKER_URL")}
+    # Whoever has named a server with a password knows how to reach it, and the terminal need not.
+    known = [f"{name}={url}" for name, url in named.items() if url and not urlsplit(url).password]
+    if known:
+        say(f"In another terminal: export {' '.join(known)}")
 
 
 def where_to_look(logs: Path) -> None:

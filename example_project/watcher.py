@@ -54,6 +54,6 @@ def ready_workers() -> int:
 
 
 def everything_has_ended() -> bool:
-    """Whether every task that was sent has come to its end."""
+    """Whether every task that was sent, or met by a worker, has come to its end."""
     ended = Entry.objects.filter(what__in=ENDS).values("task_id")
-    return not Entry.objects.filter(what="sent").exclude(task_id__in=ended).exists()
+    return not Entry.objects.exclude(task_id="").exclude(task_id__in=ended).exists()

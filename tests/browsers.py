@@ -18,7 +18,7 @@ from selenium.webdriver.common.by import By
 
 from tests.conftest import wait_until
 
-DESKTOP = (1280, 800)
+DESKTOP = (1600, 900)
 PHONE = (390, 844)
 
 OPTIONS = (

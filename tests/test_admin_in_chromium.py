@@ -1,5 +1,6 @@
 """The pages of the admin as a person sees them: on a phone, in a dark room, without JavaScript."""
 
+import io
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 from django.conf import settings
 from django.contrib.auth.models import User
+from django.core.management import call_command
 from django.utils import timezone
+from django.utils.html import escape
 
 from celery_pglock import labels
 from celery_pglock.keys import key
@@ -36,9 +39,10 @@ TASK_ID = "8c7b3a52-4a1e-4f43-9a27-0d3f1c5e6b7a"
 # By WCAG the least for text; what is large may have less.
 LEAST_CONTRAST = 4.5
 
+# The documents show pictures of the first two.
 LOOKS = {
-    "desktop": {},
-    "desktop-dark-without-scripts": {"dark": True, "scripts": False},
+    "light": {},
+    "dark": {"dark": True, "scripts": False},
     "phone-dark": {"size": PHONE, "dark": True},
     "phone-without-scripts": {"size": PHONE, "scripts": False},
 }
@@ -183,7 +187,27 @@ def test_every_page_can_be_read(person, scene, history, look):
         looks_well(person, f"{action}-{look}")
 
 
-@pytest.fixture(params=LOOKS)
+TERMINAL = """<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
+<style>
+body {{ margin: 0; padding: 20px; width: max-content; background: light-dark(#fff, #1e1e1e) }}
+pre {{ margin: 0; font: 14px/1.45 monospace; color: light-dark(#1e1e1e, #e6e6e6) }}
+</style><body id="content"><pre>$ manage.py pglock --tree\n{}</pre>"""
+
+
+@pytest.mark.parametrize("look", ["light", "dark"])
+def test_the_tree_of_the_command_can_be_read_in_a_terminal(window, scene, tmp_path, look):
+    out = io.StringIO()
+    call_command("pglock", "--tree", stdout=out)
+    page = tmp_path / "tree.html"
+    page.write_text(TERMINAL.format(escape(out.getvalue())))
+    window.shows(**LOOKS[look])
+    window.url = page.as_uri()
+    window.goes("")
+    assert f"{scene.pid} shop.tasks.import_prices" in window.text
+    looks_well(window, f"tree-{look}")
+
+
+@pytest.fixture(params=["light", "phone-without-scripts"])
 def looking(request, person):
     person.shows(**LOOKS[request.param])
     return person

@@ -13,7 +13,7 @@ from tests.conftest import wait_until
 from tests.models import Entry
 
 # How many situations; `SITUATIONS=5000 make test ARGS='-k differential'` takes its time.
-SITUATIONS = int(os.environ.get("SITUATIONS", "250"))
+SITUATIONS = int(os.environ.get("SITUATIONS", "120"))
 
 TABLE = Entry._meta.db_table
 SESSIONS = 5

@@ -28,6 +28,7 @@ from celery_pglock import (
 )
 from celery_pglock.claims import Claim
 from celery_pglock.keys import key
+from celery_pglock.lifelines import Lifeline
 from celery_pglock.pool import pool
 from tests.conftest import ADVISORY_HERE, in_another_thread, wait_until
 
@@ -81,6 +82,20 @@ def test_a_taken_lock_is_not_acquired(rival, timeout, xact):
     with advisory("taken", timeout=timeout, xact=xact) as acquired:
         assert acquired is False
         assert rival.sees_held("taken") == 1
+
+
+def test_a_slow_answer_to_who_did_not_want_to_wait_is_no_wait(rival, monkeypatch):
+    ask = Lifeline.ask_again
+
+    def slowly(*question, **options):
+        time.sleep(0.02)
+        return ask(*question, **options)
+
+    rival.take("taken")
+    monkeypatch.setattr(Lifeline, "ask_again", slowly)
+    with pytest.raises(LockNotAcquired, match="without waiting") as refused:
+        advisory("taken", timeout=0, side_effect=Raise).acquire()
+    assert refused.value.waited == 0
 
 
 def test_waiting_ends_at_the_timeout(rival):

@@ -13,7 +13,7 @@ from celery_pglock import ExclusiveLock, Skip, advisory, timeout
 from celery_pglock.timeouts import in_force
 
 # How many attempts, over all tests of this file; `ENTRIES=100000` is the proof, and takes a minute or two.
-ENTRIES = int(os.environ.get("ENTRIES", "10000"))
+ENTRIES = int(os.environ.get("ENTRIES", "5000"))
 THREADS = 8
 SKIPPED = "skipped"
 

@@ -236,6 +236,16 @@ class TestRefusals:
             assert mine(rival) == {}
             assert shown() == "0"
 
+    def test_a_slow_answer_to_who_did_not_want_to_wait_is_no_wait(self, rival):
+        def slowly(execute, *question):
+            time.sleep(0.02)
+            return execute(*question)
+
+        with locked_by(rival, ENTRY), transaction.atomic(), connection.execute_wrapper(slowly):
+            with pytest.raises(LockNotAcquired, match="without waiting") as refused:
+                model(Entry, timeout=0, side_effect=Raise)
+            assert refused.value.waited == 0
+
     def test_a_side_effect_of_your_own_is_asked(self, rival):
         seen = []
 

@@ -76,7 +76,7 @@ def did_not_run(worker, *results):
 
 def test_a_restart_costs_time_only(worker, cluster):
     cluster.stop("immediate")
-    results = [task.apply_async(["k"], queue=worker.queue) for task in TASKS]
+    results = [task.apply_async([task.name], queue=worker.queue) for task in TASKS]
     did_not_run(worker, *results)
     assert "did not run and comes back in" in worker.log
     cluster.start()
@@ -100,7 +100,7 @@ def test_a_server_that_takes_no_more_connections(worker, cluster):
         with ExitStack() as everybody:
             for _ in range(room - 1):
                 everybody.enter_context(psycopg.connect(cluster.url))
-            results = [task.apply_async(["k"], queue=worker.queue) for task in TASKS]
+            results = [task.apply_async([task.name], queue=worker.queue) for task in TASKS]
             did_not_run(worker, *results)
     assert [result.get(timeout=30) for result in results] == ["done"] * len(TASKS)
 
@@ -109,7 +109,7 @@ def test_a_server_that_has_no_memory_for_locks(worker, cluster):
     with psycopg.connect(cluster.url) as greedy:
         with pytest.raises(psycopg.errors.OutOfMemory):
             greedy.execute("SELECT pg_advisory_lock(number) FROM generate_series(1, 1000000) AS number")
-        results = [task.apply_async(["k"], queue=worker.queue) for task in TASKS]
+        results = [task.apply_async([task.name], queue=worker.queue) for task in TASKS]
         did_not_run(worker, *results)
     assert [result.get(timeout=30) for result in results] == ["done"] * len(TASKS)
 

@@ -36,7 +36,7 @@ from tests.conftest import PATIENCE, Rival, wait_until
 from tests.models import Entry
 
 # How many programs; `PROGRAMS=5000 make test ARGS='-k random_programs'` takes minutes.
-PROGRAMS = int(os.environ.get("PROGRAMS", "250"))
+PROGRAMS = int(os.environ.get("PROGRAMS", "120"))
 
 pytestmark = [
     pytest.mark.long,

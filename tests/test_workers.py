@@ -112,6 +112,12 @@ class TestSkip:
         assert last.parent.parent.get(timeout=10) == "skipped"
         assert count("rest") == 0
 
+    def test_stopping_a_chain_calls_the_links_of_the_task_itself(self, rival):
+        rival.take("k")
+        skips_and_stops.apply_async(["k"], link=plain.s(key="linked"), chain=[plain.si(key="rest")])
+        wait_until(lambda: count("linked", "ends"))
+        assert count("rest") == 0
+
     def test_stopping_a_chain_inside_of_a_chord_does_not_hang_it(self, rival):
         rival.take("k")
         result = chord([chain(skips_and_stops.s("k"), plain.s()), plain.s(1)])(collect.s())
