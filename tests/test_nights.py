@@ -87,6 +87,16 @@ def held(rival, name):
     rival.give_back(name)
 
 
+def test_a_worker_that_does_not_start_says_why_on_its_last_line():
+    with (
+        pytest.raises(AssertionError, match="exit code 1") as failure,
+        running_worker("nights-refused", MISSPELT_OPTION="yes"),
+    ):
+        pass
+    log, _, _ = str(failure.value).partition("\nassert ")
+    assert "lock_kei" in log.strip().splitlines()[-1], log
+
+
 def test_where_no_worker_runs_a_ping_says_so():
     assert "**`Error: No nodes replied within time constraint`**" in PAGE.read_text()
     assert "Error: No nodes replied within time constraint" in celery("inspect", "ping", "-d", "nobody@here")
