@@ -25,7 +25,8 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
 import celery_pglock.tasks  # noqa: F401 - beat's entries name its tasks
-from celery_pglock import config, install
+from celery_pglock import install
+from celery_pglock.checks import settings_can_work
 from tests.celery_app import app as celery_app
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,8 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
 )
 
-# What is another whenever it is shown. An id or a process that is shown twice is the same one both times.
+# What is another whenever it is shown. An id or a process that is shown twice is the same one both times, and
+# two that are shown are two.
 VARYING = re.compile(
     r"(?P<id>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b[0-9a-f]{4}…)"
     r"|(?P<time>\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?)"
@@ -89,7 +91,7 @@ def table(page: str, column: str) -> dict[str, list[str]]:
         if not cells:
             inside = False
         elif inside:
-            rows |= {name: cells[1:] for name in re.findall(r"`([^`]+)`", cells[0])}
+            rows |= dict.fromkeys(re.findall(r"`([^`]+)`", cells[0]), cells[1:])
         inside = inside or cells[:1] == [column]
     assert rows, f"{page} has no table of {column!r}"
     return rows
@@ -118,9 +120,10 @@ def say_the_same(shown: str, real: str, known: dict[str, str]) -> bool:
         else:
             pattern += f"(?:{PATTERNS[kind]})"
     same = re.fullmatch(pattern + re.escape(shown[end:]), real.strip())
-    if same:
-        known |= {text: same[group] for text, group in learned.items()}
-    return bool(same)
+    if same is None:
+        return False
+    known |= {text: same[group] for text, group in learned.items()}
+    return len(set(known.values())) == len(known)
 
 
 class _Forgiving(doctest.OutputChecker):
@@ -288,7 +291,7 @@ def check_settings(names: dict[str, Any]) -> None:
     """Settings that a document shows are such that the project would start with them."""
     if "CELERY_PGLOCK" in names:
         with override_settings(CELERY_PGLOCK=names["CELERY_PGLOCK"]):
-            config.current()
+            assert not settings_can_work()
     for entry in names.get("CELERY_BEAT_SCHEDULE", {}).values():
         task = current_app.tasks[entry["task"]]
         inspect.signature(task.run).bind(*entry.get("args", ()), **entry.get("kwargs", {}))
