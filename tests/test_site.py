@@ -35,4 +35,3 @@ class TestTheSite:
     def test_each_picture_is_shown(self, site):
         taken = {picture.name for picture in (ROOT / "docs/pictures").iterdir()}
         assert {picture.name for picture in (site / "_images").glob("*.png")} == taken
-
