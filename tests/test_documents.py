@@ -21,6 +21,8 @@ from tests.documents import PAGES, ROOT
 CODE = {"python", "pycon", "console", "sql", "json", "text"}
 # Of Sphinx: it refuses what they name and is not there.
 DIRECTIVES = {"{eval-rst}", "{glossary}", "{image}", "{include}", "{literalinclude}", "{toctree}"}
+# What is drawn.
+DRAWINGS = {"{parsed-literal}"}
 
 
 def free_port():
@@ -37,7 +39,7 @@ by_page = by_pages(PAGES)
 
 @by_page
 def test_every_block_is_of_a_kind_that_is_known(page):
-    assert {kind.split(" ")[0] for kind in documents.kinds_of_blocks(page)} <= CODE | DIRECTIVES
+    assert {kind.split(" ")[0] for kind in documents.kinds_of_blocks(page)} <= CODE | DIRECTIVES | DRAWINGS
 
 
 @by_page
@@ -98,8 +100,8 @@ def shop(_shop, transactional_db):
     return _shop
 
 
-# A reader in a folder of his own follows the tutorial: tests/test_tutorial.py. What SECURITY.md says of roles is done
-# to a database of its own: tests/test_roles.py.
+# A reader in a folder of his own follows the tutorial: tests/test_tutorial.py. What SECURITY.md says of roles
+# is done to a database of its own: tests/test_roles.py.
 @by_pages([page for page in PAGES if page.parent.name != "tutorial" and page.name != "SECURITY.md"])
 def test_the_code_runs_as_it_stands(page, transactional_db, names):
     documents.follow(page, names)
