@@ -119,11 +119,11 @@ pictures: $(VENV)/.dev
 $(VENV_OF_TYPES)/.types: $(VENV)/.dev $(shell find celery_pglock -name '*.py' -o -name py.typed) README.md
 	@echo "Installing into $(VENV_OF_TYPES), which takes a while the first time ..."
 	@test -d $(VENV_OF_TYPES) || $(BIN)/python -m venv --without-pip $(VENV_OF_TYPES)
-	@rm -rf build/types
-	@$(BIN)/python -m build --no-isolation --wheel --outdir build/types > /dev/null
-	@$(BIN)/pip --python $(VENV_OF_TYPES) install --quiet build/types/*.whl \
+	@rm -rf $(VENV_OF_TYPES)/dist
+	@$(BIN)/python -m build --no-isolation --wheel --outdir $(VENV_OF_TYPES)/dist > /dev/null
+	@$(BIN)/pip --python $(VENV_OF_TYPES) install --quiet $(VENV_OF_TYPES)/dist/*.whl \
 		'psycopg[binary]' mypy celery-types django-stubs 'pyright[nodejs]'
-	@$(BIN)/pip --python $(VENV_OF_TYPES) install --quiet --force-reinstall --no-deps build/types/*.whl
+	@$(BIN)/pip --python $(VENV_OF_TYPES) install --quiet --force-reinstall --no-deps $(VENV_OF_TYPES)/dist/*.whl
 	@touch $@
 
 # From the folder of the project: the package itself is to be found in the environment alone.

@@ -19,7 +19,7 @@ import pytest
 
 import celery_pglock
 
-pytest.importorskip("build", reason="pip install 'celery-pglock[dev]'")
+pytest.importorskip("readme_renderer", reason="pip install 'celery-pglock[dev]'")
 
 from packaging.requirements import Requirement
 from readme_renderer import markdown
