@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Those that run side by side take file after file: begun last, a long one would keep all waiting at the end.
+    # Side by side file after file is taken: begun last, a long one would keep all waiting at the end.
     long = {item.path for item in items if item.get_closest_marker("long")}
     items.sort(key=lambda item: item.path not in long)
 

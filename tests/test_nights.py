@@ -18,13 +18,13 @@ from tests.celery_app import app
 from tests.conftest import running_worker, wait_until
 from tests.documents import ROOT
 from tests.models import Entry
+from tests.nights import QUEUE, logged, send
 from tests.servers import Cluster
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.long]
 
 PAGE = ROOT / "docs" / "how-to" / "why-is-my-task-not-running.md"
-QUEUE = "nights"
-DIFFERS = re.compile(r"[0-9a-f]{8}(-?[0-9a-f]{4}){3}-?[0-9a-f]{12}|\d+|(?<= on )\w+@\w+")
+DIFFERS = re.compile(r"[0-9a-f]{8}(-?[0-9a-f]{4}){3}-?[0-9a-f]{12}|\d+(?:\.\d+)?|…|(?<= on )\w+@\w+")
 
 
 def alike(line):
@@ -54,19 +54,6 @@ def why(name):
     env = {**environment(), "DJANGO_SETTINGS_MODULE": "tests.settings"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     return done.stdout.splitlines()
-
-
-def send(task, *arguments, **options):
-    return task.apply_async(arguments, queue=QUEUE, **options)
-
-
-def logged(worker, *texts):
-    """The last line of the log with all of these, without its time and process."""
-
-    def found():
-        return [line for line in worker.log.splitlines() if all(text in line for text in texts)]
-
-    return re.sub(r"^\[.*?\] ", "", wait_until(found, f"{texts} in the log")[-1])
 
 
 @pytest.fixture(scope="module")
