@@ -30,8 +30,14 @@ from celery_pglock.checks import settings_can_work
 from tests.celery_app import app as celery_app
 
 ROOT = Path(__file__).parent.parent
+# In folders that are not hidden: pytest's cache has a README of its own.
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("[!.]*/README.md"),
+        *ROOT.glob("[!.]*/*/README.md"),
+    ]
 )
 
 # What is another whenever it is shown. An id or a process that is shown twice is the same one both times, and
