@@ -1,7 +1,6 @@
 """The documents: what they show runs as it stands."""
 
 import os
-import socket
 import sys
 from types import ModuleType
 
@@ -13,6 +12,7 @@ from django.conf import settings
 from django.test.utils import override_settings
 
 import celery_pglock
+from example_project.servers import free_port
 from tests import documented_tasks, documents
 from tests.celery_app import app
 from tests.conftest import running_worker
@@ -23,11 +23,6 @@ CODE = {"python", "pycon", "console", "sql", "json", "text"}
 DIRECTIVES = {"{eval-rst}", "{glossary}", "{image}", "{include}", "{literalinclude}", "{toctree}"}
 # What is drawn.
 DRAWINGS = {"{parsed-literal}"}
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as there:
-        return there.getsockname()[1]
 
 
 def by_pages(pages):

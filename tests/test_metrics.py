@@ -1,6 +1,5 @@
 """The recipes for metrics count what really became of locks, over all processes of a prefork worker."""
 
-import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.request import urlopen
@@ -10,6 +9,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from prometheus_client.parser import text_string_to_metric_families
 
 from celery_pglock import LockNotAcquired
+from example_project.servers import free_port
 from tests.celery_app import app
 from tests.conftest import ADVISORY_HERE, PATIENCE, Rival, running_worker, wait_until
 from tests.losing_tasks import is_only_warned
@@ -70,11 +70,6 @@ def collector():
         yield server
         server.shutdown()
         thread.join()
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as there:
-        return there.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
