@@ -298,10 +298,12 @@ def check_settings(names: dict[str, Any]) -> None:
     if "CELERY_PGLOCK" in names:
         with override_settings(CELERY_PGLOCK=names["CELERY_PGLOCK"]):
             assert not settings_can_work()
-    for entry in (*names.get("CELERY_BEAT_SCHEDULE", {}).values(), *names["app"].conf.beat_schedule.values()):
-        task = {**current_app.tasks, **names["app"].tasks}[entry["task"]]
-        inspect.signature(task.run).bind(*entry.get("args", ()), **entry.get("kwargs", {}))
-        assert entry.get("options", {}).keys() <= {"expires", "queue"}, entry
+    of_the_app = names["app"].conf.beat_schedule
+    for app, schedule in ((current_app, names.get("CELERY_BEAT_SCHEDULE", {})), (names["app"], of_the_app)):
+        for entry in schedule.values():
+            task = app.tasks[entry["task"]]
+            inspect.signature(task.run).bind(*entry.get("args", ()), **entry.get("kwargs", {}))
+            assert entry.get("options", {}).keys() <= {"expires", "queue"}, entry
     for name in names.get("CELERY_TASK_ROUTES", ()):
         assert name in current_app.tasks, name
     if "CELERY_TASK_ANNOTATIONS" in names:
