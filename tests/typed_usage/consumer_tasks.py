@@ -55,7 +55,7 @@ def guarded(self: AdvisoryTask, key: str) -> None:
 class LoudlySkipped(SideEffect):
     def on_conflict(self, conflict: Conflict) -> Any:
         assert_type(conflict.waited, float)
-        assert_type([holder.pid for holder in conflict.holders], list[int])
+        assert_type([holder.pid for holder in conflict.holders], list[int | None])
         if conflict.attempt > 3:
             raise conflict.error()
         return conflict.skip("skipped") if conflict.holders else conflict.retry(2)
