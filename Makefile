@@ -1,7 +1,7 @@
 # make example   starts servers and workers, sends real work, and shows live what happens; SERVE=1 goes on until
 #                Ctrl-C, with the admin to look at, on PORT
 # make test      runs all tests, SIDE_BY_SIDE=3 of them at a time; PG=16 chooses another embedded PostgreSQL, ARGS
-#                go to pytest
+#                go to pytest: ARGS=--cov measures which branches ran
 # make cluster   runs the shop's tasks on clusters of real workers, by pytest-celery: in containers where Docker
 #                answers, in processes where not; CLUSTER=docker or processes chooses
 # make check     everything that a change must pass
@@ -88,7 +88,7 @@ example: $(VENV)/.example
 		$(if $(SERVE),--serve) $(if $(PORT),--port $(PORT))
 
 test: $(VENV)/.dev
-	$(WITH_SERVERS) $(BIN)/python -m pytest --cov --numprocesses $(SIDE_BY_SIDE) --dist loadfile $(ARGS)
+	$(WITH_SERVERS) $(BIN)/python -m pytest --numprocesses $(SIDE_BY_SIDE) --dist loadfile $(ARGS)
 
 cluster: VENV := $(VENV_OF_CLUSTER)
 cluster: $(VENV_OF_CLUSTER)/.cluster

@@ -34,6 +34,8 @@ toc_object_entries = False
 html_theme = "furo"
 html_title = f"celery-pglock {release}"
 html_copy_source = False
+html_static_path = ["styles"]
+html_css_files = ["site.css"]
 # The same text, wherever and whenever it is built.
 html_last_updated_fmt = None
 

@@ -1,5 +1,6 @@
 """What manage.py check tells, and that it keeps silent otherwise."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -33,19 +34,19 @@ PREFIX = f"checks_{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
 MINE, OTHER = f"{PREFIX}_mine", f"{PREFIX}_other"
 
 
+def _shares_a_task_of_a_test(finalizer):
+    function = inspect.getclosurevars(finalizer).nonlocals.get("fun")
+    return function is not None and not function.__module__.startswith(("celery.", "celery_pglock."))
+
+
 @pytest.fixture
 def app(monkeypatch):
     # A shared task is one of every app that is finalized from then on, and so of other tests.
-    monkeypatch.setattr(_state, "_on_app_finalizers", set(_state._on_app_finalizers))
+    of_no_test = {one for one in _state._on_app_finalizers if not _shares_a_task_of_a_test(one)}
+    monkeypatch.setattr(_state, "_on_app_finalizers", of_no_test)
     # Celery prefers the variable to what an app says.
     monkeypatch.delenv("CELERY_BROKER_URL", raising=False)
     with Celery("checked", set_as_current=False, broker="redis://", backend="cache+memory://") as app:
-        # Those of other tests are shared with it.
-        @app.on_after_finalize.connect(weak=False)
-        def drop(**_):
-            for name in [name for name in app.tasks if name.startswith("tests.")]:
-                del app.tasks[name]
-
         monkeypatch.setattr("celery_pglock.checks.current_app", app)
         yield app
 

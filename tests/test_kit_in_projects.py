@@ -206,7 +206,7 @@ def project(tmp_path, transactional_db):
 def test_the_package_has_this_entry_point():
     stated = (ROOT / "pyproject.toml").read_text()
     assert '[project.entry-points.pytest11]\ncelery_pglock = "pytest_celery_pglock"\n' in stated
-    assert 'py-modules = ["pytest_celery_pglock"]' in stated
+    assert 'only-include = ["celery_pglock", "pytest_celery_pglock.py"]' in stated
 
 
 def test_the_page_works_as_it_is_written(project):
