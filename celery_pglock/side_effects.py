@@ -116,8 +116,8 @@ class Retry(SideEffect):
 
     ``countdown`` is the first delay in seconds, each next one is ``backoff`` times as long, up to
     ``maximum``; ``jitter`` shortens each by up to a half at random. After ``max_retries`` retries, or
-    ``deadline`` seconds since the first conflict, ``then`` decides, by default ``Raise()``. The task's own ``max_retries`` and
-    ``request.retries`` are not touched.
+    ``deadline`` seconds since the first conflict, ``then`` decides, by default ``Raise()``. The
+    task's own ``max_retries`` and ``request.retries`` are not touched.
     """
 
     countdown: Duration = 1
