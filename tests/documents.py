@@ -44,9 +44,10 @@ PAGES = sorted(
 # two that are shown are two.
 VARYING = re.compile(
     r"(?P<id>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b[0-9a-f]{4}…)"
-    r"|(?P<time>\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?)"
+    r"|(?P<time>\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?(?: UTC)?)"
     r"|(?P<duration>\b\d+:\d\d:\d\d(?:\.\d+)?)"
     r"|(?P<host>(?<=\w@)[\w.-]+)"
+    r"|(?P<child>ForkPoolWorker-\d+)"
     r"|(?P<fraction>\b\d+\.\d{3,})"
     r"|(?P<process>(?<![\w.])\d{4,})"
     r"|(?P<left_out>…)"
@@ -54,9 +55,10 @@ VARYING = re.compile(
 )
 PATTERNS = {
     "id": r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{4}…",
-    "time": r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?",
+    "time": r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?(?: [A-Z]+)?",
     "duration": r"\d+:\d\d:\d\d(?:\.\d+)?",
     "host": r"[\w.-]+",
+    "child": r"ForkPoolWorker-\d+",
     "fraction": r"\d+(?:\.\d+)?(?:e-\d+)?",
     "process": r"\d+",
     "left_out": r".*",
@@ -128,8 +130,16 @@ def say_the_same(shown: str, real: str, known: dict[str, str]) -> bool:
     same = re.fullmatch(pattern + re.escape(shown[end:]), real.strip())
     if same is None:
         return False
-    known |= {text: same[group] for text, group in learned.items()}
-    return len(set(known.values())) == len(known)
+    all_known = known | {text: same[group] for text, group in learned.items()}
+    if len(set(all_known.values())) < len(all_known):
+        return False
+    known |= all_known
+    return True
+
+
+def as_known(text: str, known: dict[str, str]) -> str:
+    """The text with the real ones of the ids and the processes that are known."""
+    return VARYING.sub(lambda found: known.get(found[0], found[0]), text)
 
 
 def follow(page: Path, names: dict[str, Any]) -> None:
@@ -152,10 +162,9 @@ def follow(page: Path, names: dict[str, Any]) -> None:
 
 
 def _run_console(example: Example) -> None:
-    for command, shown in _commands(example.parsed):
+    for command, shown in commands(example.parsed):
         known = example.namespace["known"]
-        command = VARYING.sub(lambda found, known=known: known.get(found[0], found[0]), command)
-        program, *arguments = shlex.split(command, comments=True)
+        program, *arguments = shlex.split(as_known(command, known), comments=True)
         while re.match(r"\w+=", program):
             example.namespace["request"].getfixturevalue("monkeypatch").setenv(*program.split("=", 1))
             program, *arguments = arguments
@@ -168,7 +177,7 @@ def _run_console(example: Example) -> None:
         )
 
 
-def _commands(text: str) -> Iterator[tuple[str, str]]:
+def commands(text: str) -> Iterator[tuple[str, str]]:
     """Each command with the output that is shown for it; without ``$`` there are commands alone."""
     text = text.replace("\\\n", " ")
     if not text.startswith("$ "):

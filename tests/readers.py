@@ -17,6 +17,7 @@ from http.cookiejar import CookieJar
 from pathlib import Path
 
 from tests.conftest import PATIENCE, wait_until
+from tests.documents import as_known, commands, say_the_same
 
 # A block with its language, an address to look at, or keys to press.
 STEP = re.compile(
@@ -28,26 +29,7 @@ SERVES = re.compile(r" (worker|runserver) ")
 SERVES_NOW = re.compile(r" ready\.|Quit the server")
 # A worker asks for a second Ctrl-C, a site ends by the first.
 ASKS_OR_ENDS = re.compile(r"Ctrl\+C again|Quit the server")
-# What is another on every machine and at every time; of ids and numbers it must be the same one again.
-VARIES = re.compile(
-    r"(?P<id>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
-    r"|(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:,\d{3})?(?: [A-Z]+\b)?)"
-    r"|(?P<duration>\b\d:\d\d:\d\d\b)"
-    r"|(?P<seconds>\b\d\.\d+s)"
-    r"|(?P<process>ForkPoolWorker-\d+)"
-    r"|(?P<host>celery@\w+)"
-    r"|(?P<number>\b\d{4,7}\b)"
-)
-PATTERNS = {
-    "id": r"[0-9a-f-]{36}",
-    "time": r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:,\d{3})?(?: [A-Z+-]\w*)?",
-    "duration": r"\d+:\d\d:\d\d",
-    "seconds": r"[\d.e-]+s",
-    "process": r"ForkPoolWorker-\d+",
-    "host": r"celery@[\w.-]+",
-    "number": r"\d+",
-}
-# For any lines, or at the end of one for its rest.
+# For any lines.
 CUT = "…"
 
 
@@ -177,16 +159,16 @@ class Reader:
             file.write(f"\n{self._as_known(block)}")
 
     def _do_console(self, block: str) -> None:
-        commands = commands_of(block)
-        if SERVES.search(commands[-1][0]):
+        steps = list(commands(block))
+        if SERVES.search(steps[-1][0]):
             terminal = self.another_terminal()
-            for command, _ in commands:
+            for command, _ in steps:
                 terminal.type(self._as_known(command))
-            wait_until(partial(terminal.shows, SERVES_NOW), commands[-1][0])
+            wait_until(partial(terminal.shows, SERVES_NOW), steps[-1][0])
             return
-        for number, (command, shown) in enumerate(commands):
+        for number, (command, shown) in enumerate(steps):
             printed, code = self.first.run(self._as_known(command), seconds=60)
-            code_is_shown = commands[number + 1 : number + 2] and commands[number + 1][0] == "echo $?"
+            code_is_shown = steps[number + 1 : number + 2] and steps[number + 1][0] == "echo $?"
             assert code == 0 or code_is_shown, f"{command}: exit code {code}\n{printed}"
             if shown.strip():
                 self._compare(command, shown.strip("\n").split("\n"), printed.strip("\n").split("\n"))
@@ -220,25 +202,10 @@ class Reader:
         assert skips or not list(rest), f"$ {command}\nprinted more:\n" + "\n".join(printed)
 
     def _is(self, shown: str, printed: str) -> bool:
-        """Whether it is the same line; then its ids and numbers are known from now on."""
-        shown, is_cut = shown.removesuffix(f" {CUT}"), shown.endswith(f" {CUT}")
-        pattern, names, end = "", [], 0
-        for found in VARIES.finditer(shown):
-            kind, text = str(found.lastgroup), found[0]
-            pattern += re.escape(shown[end : found.start()])
-            pattern += f"({re.escape(self.known[text]) if text in self.known else PATTERNS[kind]})"
-            names.append((kind, text))
-            end = found.end()
-        same = re.fullmatch(pattern + re.escape(shown[end:]) + (" .*" if is_cut else ""), printed)
-        if same is None:
-            return False
-        for (kind, text), value in zip(names, same.groups(), strict=True):
-            if kind in ("id", "number"):
-                self.known[text] = value
-        return True
+        return say_the_same(shown, printed, self.known)
 
     def _as_known(self, text: str) -> str:
-        return VARIES.sub(lambda found: self.known.get(found[0], found[0]), text)
+        return as_known(text, self.known)
 
     def _look_at(self, url: str) -> None:
         """Open a page of the admin, as whom the tutorial makes."""
@@ -259,12 +226,6 @@ class Reader:
             wait_until(partial(terminal.shows, ASKS_OR_ENDS), "Ctrl-C was understood")
             terminal.press_ctrl_c()
             terminal.leave()
-
-
-def commands_of(block: str) -> list[tuple[str, str]]:
-    """The commands of a console, each with what is shown below it."""
-    parts = [part.partition("\n") for part in f"\n{block}".split("\n$ ")[1:]]
-    return [(command, shown) for command, _, shown in parts]
 
 
 def _words(line: str) -> str:

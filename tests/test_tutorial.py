@@ -12,7 +12,8 @@ import pytest
 
 from example_project.servers import free_port
 from tests.conftest import wait_until
-from tests.readers import CUT, STEP, Reader, commands_of, environment_of_a_new_shell
+from tests.documents import commands
+from tests.readers import CUT, STEP, Reader, environment_of_a_new_shell
 from tests.servers import Cluster, broker, version_of_the_tests
 
 pytestmark = pytest.mark.long
@@ -78,7 +79,7 @@ def shows(log, block):
 
 def answers(terminal, block):
     """Whether the commands of the block print what is shown."""
-    for command, shown in commands_of(block):
+    for command, shown in commands(block):
         printed, _ = terminal.run(command, seconds=30)
         if not shows(printed, shown):
             return False
