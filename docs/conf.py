@@ -1,10 +1,16 @@
 """How Sphinx builds these documents: `make docs`."""
 
+from pathlib import Path
+
 import django
 from django.conf import settings
 from pygments.lexers import PostgresLexer
+from sphinx.util import logging
 
 import celery_pglock
+from celery_pglock import testing
+
+logger = logging.getLogger(__name__)
 
 settings.configure(
     INSTALLED_APPS=["celery_pglock"], DATABASES={"default": {"ENGINE": "django.db.backends.postgresql"}}
@@ -40,6 +46,19 @@ html_css_files = ["site.css"]
 html_last_updated_fmt = None
 
 
+def tell_what_is_not_shown(app, env):
+    """Of public names and pictures: a warning, as a dead link is one."""
+    described = env.domaindata["py"]["objects"]
+    public = {f"celery_pglock.{name}" for name in celery_pglock.__all__} - {"celery_pglock.__version__"}
+    public |= {f"celery_pglock.testing.{name}" for name in testing.__all__}
+    public |= {f"celery_pglock.models.{name}" for name in ("PGLock", "BlockedPGLock", "PGActivity")}
+    public |= {f"celery_pglock.tasks.{name}" for name in ("report_locks", "prioritize_critical_tasks")}
+    pictures = {f"pictures/{picture.name}" for picture in (Path(app.srcdir) / "pictures").iterdir()}
+    for one in sorted(public - described.keys()) + sorted(pictures - env.images.keys()):
+        logger.warning("%s is on no page", one)
+
+
 def setup(app):
     # All SQL here is PostgreSQL's.
     app.add_lexer("sql", PostgresLexer)
+    app.connect("env-check-consistency", tell_what_is_not_shown)

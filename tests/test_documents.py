@@ -98,5 +98,6 @@ def shop(_shop, transactional_db):
 # A reader in a folder of his own follows the tutorial: tests/test_tutorial.py. The roles of SECURITY.md
 # are the whole server's: tests/test_roles.py runs all of its SQL, in a database and for roles of its own.
 @by_pages([page for page in PAGES if page.parent.name != "tutorial" and page.name != "SECURITY.md"])
+@pytest.mark.long
 def test_the_code_runs_as_it_stands(page, transactional_db, names):
     documents.follow(page, names)

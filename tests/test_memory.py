@@ -10,8 +10,8 @@ from tests.celery_app import app
 
 pytestmark = [pytest.mark.usefixtures("pooled"), pytest.mark.long]
 
-KEYS = 1000
-TIMES = 3000
+KEYS = 600
+TIMES = 2000
 
 # Blocks of Python's allocator: what is kept of each key would be thousands.
 NOTHING_TO_SPEAK_OF = 500
