@@ -14,7 +14,7 @@ KEYS = 600
 TIMES = 2000
 
 # Blocks of Python's allocator: what is kept of each key would be thousands.
-NOTHING_TO_SPEAK_OF = 500
+NOTHING_TO_SPEAK_OF = 300
 
 
 def take_as_context(number):
