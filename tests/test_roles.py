@@ -27,6 +27,8 @@ from tests import role_tasks as tasks
 from tests.conftest import running_worker, wait_until
 from tests.documents import sql_blocks
 
+pytestmark = pytest.mark.long
+
 # Roles are the whole server's; all who collect these tests must call them the same.
 SUFFIX = (
     f"{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}_{os.environ.get('PYTEST_XDIST_WORKER', '')}"
