@@ -39,7 +39,17 @@ ADVISORY_HERE = (
 TransactionTestCase.available_apps = settings.APPS
 
 
+class ReentrantPubSub(redis.client.PubSub):
+    """As newer ones: a result of Celery's that is collected unsubscribes in the middle of a subscription."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._lock = threading.RLock()
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # Without it the tests stand still for ever with the redis-py that the oldest Celery wants.
+    redis.client.PubSub = ReentrantPubSub  # type: ignore[misc]
     # Those that run the tests side by side need it themselves.
     if settings.ROOM or not config.getoption("numprocesses", None):
         os.environ["WITHOUT_THE_ADMIN"] = "yes"
