@@ -141,7 +141,13 @@ def suite(session: nox.Session, django: str, celery: str, postgresql: str, psyco
         report = Path(session.create_tmp()) / "report.xml"
         session.run(
             *("python", "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "-m", "not long"),
-            *("--numprocesses", os.environ.get("SIDE_BY_SIDE", "3"), "--dist", "loadfile"),
+            *(
+                "--numprocesses",
+                os.environ.get("SIDE_BY_SIDE", "3"),
+                "--dist",
+                "loadfile",
+                "--no-loadscope-reorder",
+            ),
             *(f"--junitxml={report}", *session.posargs),
             env={**variables, "PATH": _path_with_redis(variables["PATH"])},
             success_codes=range(6),
