@@ -88,7 +88,7 @@ example: $(VENV)/.example
 		$(if $(SERVE),--serve) $(if $(PORT),--port $(PORT))
 
 test: $(VENV)/.dev
-	$(WITH_SERVERS) $(BIN)/python -m pytest --numprocesses $(SIDE_BY_SIDE) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(WITH_SERVERS) $(BIN)/python -m pytest --numprocesses $(SIDE_BY_SIDE) --dist loadfile $(ARGS)
 
 cluster: VENV := $(VENV_OF_CLUSTER)
 cluster: $(VENV_OF_CLUSTER)/.cluster
