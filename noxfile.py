@@ -146,7 +146,6 @@ def suite(session: nox.Session, django: str, celery: str, postgresql: str, psyco
                 os.environ.get("SIDE_BY_SIDE", "3"),
                 "--dist",
                 "loadfile",
-                "--no-loadscope-reorder",
             ),
             *(f"--junitxml={report}", *session.posargs),
             env={**variables, "PATH": _path_with_redis(variables["PATH"])},
